@@ -1,0 +1,16 @@
+"""Importance-aware Sparse Tuning (arXiv 2410.11772) for any PEFT training loop.
+
+`from ist import ISTConfig, ImportanceSampler, SparseTuner`; names are resolved on first use, so that importing `ist`
+costs nothing that is not needed.
+"""
+
+import importlib
+
+_HOME = {"ISTConfig": "config", "ImportanceSampler": "sampler", "SparseTuner": "tuner"}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'ist' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ist.{_HOME[name]}"), name)

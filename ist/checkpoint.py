@@ -1,0 +1,234 @@
+"""Exact save and resume: small, whole, and read without unpickling.
+
+A checkpoint holds the adapter, the optimizer and a JSON state; never the base model. It is written under a temporary
+name and renamed, so a folder named step_* is whole at whatever moment the process died; `checkpoint.json`, written
+last, lists the sizes of the other files, so a folder that was cut short by a copy is not taken for whole either.
+"""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ist.config import UsageError
+from ist.distributed import full_tensor
+
+STATE = "checkpoint.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def step_name(step: int) -> str:
+    """The folder of the checkpoint after `step` finished steps."""
+    return f"step_{step:06d}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into place, its files on disk before its name; an older `final` makes room first."""
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    if final.exists():
+        discard(final, temporary.parent)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(temporary, final)
+    _sync(final.parent)
+
+
+def discard(folder: Path, output_dir: Path) -> None:
+    """Remove a folder so that it is gone under its own name at once, not file by file."""
+    trash = output_dir / f".discarded-{folder.name}"
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what a process that died while saving or discarding has left under temporary names."""
+    for pattern in (".saving-*", ".discarded-*"):
+        for folder in output_dir.glob(pattern):
+            shutil.rmtree(folder)
+
+
+def _split_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """The optimizer's state by parameter name: tensors as {"name|key": tensor}, plain numbers as {name: {key: value}}.
+
+    A layer that was never trained has no state, and gets none on loading.
+    """
+    tensors, numbers = {}, {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = full_tensor(value).detach().cpu().contiguous()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    write: bool,
+) -> Path:
+    """Write output_dir/checkpoints/step_000100 after `step` finished steps. All ranks call it, one with `write`.
+
+    Args:
+        parameters: the adapter's parameters by name, trained now or not.
+        state: JSON-ready; what `load_checkpoint` gives back.
+    """
+    adapter = {name: full_tensor(p).detach().cpu().contiguous() for name, p in parameters.items()}
+    tensors, numbers = _split_optimizer(optimizer, parameters)
+    final = output_dir / "checkpoints" / step_name(step)
+    if not write:
+        return final
+    temporary = output_dir / f".saving-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(adapter, temporary / "adapter.safetensors")
+    save_file(tensors, temporary / "optimizer.safetensors")
+    sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+    write_json(temporary / STATE, {"step": step, "files": sizes, "optimizer": numbers, **state})
+    publish(temporary, final)
+    return final
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> None:
+    """Keep the newest `limit` checkpoints (None: all), and the one of step `best` beside them."""
+    steps = sorted(checkpoint_steps(output_dir))
+    for step in steps[: max(0, len(steps) - limit)] if limit else []:
+        if step != best:
+            discard(output_dir / "checkpoints" / step_name(step), output_dir)
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """Steps of the checkpoint folders under `output_dir`, whole or not, in no order."""
+    return [int(path.name[5:]) for path in output_dir.glob("checkpoints/step_*") if path.name[5:].isdigit()]
+
+
+def read_state(path: Path) -> dict | None:
+    """The JSON state of a whole checkpoint; None when a file is missing, cut short or unreadable."""
+    try:
+        state = json.loads((path / STATE).read_text())
+        whole = all((path / name).stat().st_size == size for name, size in state["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return state if whole else None
+
+
+def find_checkpoint(output_dir: Path, request: str | None) -> tuple[Path, dict] | None:
+    """(path, state) of what resume_from_checkpoint asks for: None for none, and for auto where there is none yet.
+
+    Raises:
+        UsageError: the path asked for is not a whole checkpoint.
+    """
+    if request in (None, "none"):
+        return None
+    if request == "auto":
+        for step in sorted(checkpoint_steps(output_dir), reverse=True):
+            path = output_dir / "checkpoints" / step_name(step)
+            if (state := read_state(path)) is not None:
+                return path, state
+            print(f"{path} is not whole; it is left out.")
+        return None
+    if (state := read_state(Path(request))) is None:
+        raise UsageError(f"--resume_from_checkpoint must be none, auto or a whole checkpoint folder; got {request}.")
+    return Path(request), state
+
+
+def load_adapter(path: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Copy a checkpoint's adapter into `parameters`.
+
+    Raises:
+        UsageError: the file is damaged, or its names or shapes are not the model's.
+    """
+    tensors = _load(path / "adapter.safetensors")
+    for name, parameter in parameters.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: {name} differs.")
+        with torch.no_grad():
+            parameter.copy_(tensors[name])
+
+
+def load_optimizer(
+    path: Path, numbers: dict, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+) -> None:
+    """Give each parameter the optimizer state that it had; `numbers` is the checkpoint's state["optimizer"]."""
+    states: dict[str, dict] = {name: dict(values) for name, values in numbers.items()}
+    for key, tensor in _load(path / "optimizer.safetensors").items():
+        name, _, entry = key.rpartition("|")
+        states.setdefault(name, {})[entry] = tensor
+    names = {parameter: name for name, parameter in parameters.items()}
+    whole = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    whole["state"] = {i: states[names[parameter]] for i, parameter in enumerate(order) if names[parameter] in states}
+    optimizer.load_state_dict(whole)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"--resume_from_checkpoint: {path} cannot be read ({error}).") from error
+
+
+MODEL_CARD = """---
+base_model: {base}
+library_name: peft
+tags: [ist, lora]
+---
+A {method} adapter for `{base}`, trained with Importance-aware Sparse Tuning (arXiv 2410.11772).
+Selection `{selection}`: {trained} of {n_layers} layers per step, {steps} steps of {batch} rows. `run.json` beside this
+folder has everything else.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
+```
+"""
+
+
+def save_adapter(model: PeftModel, args: Namespace, summary: dict) -> None:
+    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there."""
+    output_dir = Path(args.output_dir)
+    temporary = output_dir / ".saving-adapter"
+    model.save_pretrained(temporary)
+    card = MODEL_CARD.format(
+        base=args.model_name_or_path,
+        method=args.peft_method,
+        selection=args.selection,
+        trained=summary["layer_counts"]["trained"],
+        n_layers=summary["layer_counts"]["n_layers"],
+        steps=summary["max_steps"],
+        batch=summary["configuration"]["global_batch_size"],
+        folder=output_dir / "adapter",
+    )
+    (temporary / "README.md").write_text(card)
+    publish(temporary, output_dir / "adapter")

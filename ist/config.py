@@ -1,0 +1,217 @@
+"""ISTConfig, every hyper-parameter of the method in one place, and the one way all commands read their arguments.
+
+YAML first, flags override. Whatever is wrong with them is a `UsageError`: one line that names the key, the value and
+what is allowed, printed by rank 0, exit code 2.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class UsageError(Exception):
+    """What a user can mend: bad arguments, bad data, a wrong folder. Its text is the one line that they see."""
+
+
+def require(ok: bool, key: str, allowed: str, value: Any) -> None:
+    """Raise a UsageError naming `key`, what is `allowed` and the `value` that was given, unless `ok`."""
+    if not ok:
+        raise UsageError(f"--{key} must be {allowed}; got {value}.")
+
+
+def brief(error: BaseException) -> str:
+    """An error's text on one line, cut to what a line can carry."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class LayerCounts(NamedTuple):
+    """{N_L, N_u, N_v} of the paper's Table 8."""
+
+    n_layers: int
+    trained: int
+    kept: int
+
+
+def _parse_layer_count(key: str, value: int | float | str) -> int | float | str:
+    """An int (a count), a float in (0, 1) (a fraction) or "all"; from a number or the text of a command line."""
+    allowed = "a fraction in (0, 1), a count of 1 or more, or all"
+    if value == "all":
+        return value
+    if isinstance(value, str):
+        try:
+            value = float(value) if re.search(r"[.eE]", value) else int(value)
+        except ValueError:
+            require(False, key, allowed, value)
+    if isinstance(value, float) and value == 1:
+        raise UsageError(f"--{key} 1.0 is ambiguous: write 1 for one layer, all for every layer.")
+    fraction = isinstance(value, float) and 0 < value < 1
+    count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    require(fraction or count, key, allowed, value)
+    return value
+
+
+def _resolve_layer_count(key: str, value: int | float | str, n_layers: int, floor: bool) -> int:
+    if value == "all":
+        return n_layers
+    if isinstance(value, float):
+        return max(1, int(value * n_layers + (0 if floor else 0.5)))
+    if value > n_layers:
+        raise UsageError(
+            f"--{key} must be a fraction in (0, 1), a count from 1 to {n_layers} (the model's layers that carry "
+            f"an adapter), or all; got {value}. Lower --{key}."
+        )
+    return value
+
+
+@dataclass
+class ISTConfig:
+    """Hyper-parameters of Importance-aware Sparse Tuning; the defaults are the paper's (section 4 and Table 8).
+
+    A layer count is a fraction in (0, 1) of the N_L layers that carry an adapter, rounded half up and at least 1; an
+    int from 1 to N_L; or "all". 1.0 is refused as ambiguous.
+
+    Raises:
+        UsageError: at construction, when a value is out of its range; by `counts`, when a count exceeds N_L.
+    """
+
+    _argument_group_name = "selection: which layers are trained"
+
+    selection: Literal["ist", "random", "all"] = field(
+        default="ist",
+        metadata={"help": "ist learns layer importance; random draws N_u layers uniformly; all is plain PEFT."},
+    )
+    trained_layers: str = field(
+        default="0.25", metadata={"help": "N_u, layers trained at each step: a fraction in (0, 1), a count, or all."}
+    )
+    kept_layers: str = field(
+        default="0.5", metadata={"help": "N_v, layers that keep their full response in a candidate set."}
+    )
+    candidates: int = field(default=3, metadata={"help": "N_c, candidate sets compared at each importance update."})
+    update_interval: int = field(default=10, metadata={"help": "T_c, optimizer steps between importance updates."})
+    suppression: float = field(
+        default=0.25, metadata={"help": "beta, factor on the adapter response of the layers outside a candidate set."}
+    )
+    score_lr: float = field(
+        default=10.0, metadata={"help": "mu, step size of the importance scores; 100 for short runs such as math."}
+    )
+    score_rule: Literal["paper", "released"] = field(
+        default="paper", metadata={"help": "paper is Eq. 6-10; released is what the authors' code does."}
+    )
+    probe_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Training rows per candidate loss; default: the global batch (16 with score_rule released)."},
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of adapter initialisation, data order, draws and dropout."})
+
+    def __post_init__(self) -> None:
+        for key in ("selection", "score_rule"):
+            allowed = get_args(ISTConfig.__annotations__[key])
+            require(getattr(self, key) in allowed, key, "one of " + ", ".join(allowed), getattr(self, key))
+        self.trained_layers = _parse_layer_count("trained_layers", self.trained_layers)
+        self.kept_layers = _parse_layer_count("kept_layers", self.kept_layers)
+        require(self.candidates >= 2, "candidates", "2 or more (one set is its own mean: reward 0)", self.candidates)
+        require(self.update_interval >= 1, "update_interval", "1 or more", self.update_interval)
+        require(0 <= self.suppression <= 1, "suppression", "in [0, 1]", self.suppression)
+        require(0 <= self.score_lr < float("inf"), "score_lr", "a finite number, 0 or more", self.score_lr)
+        if self.probe_batch_size is not None:
+            require(self.probe_batch_size >= 1, "probe_batch_size", "1 or more", self.probe_batch_size)
+        require(0 <= self.seed < 2**63, "seed", "an integer from 0 to 2^63 - 1", self.seed)
+
+    def counts(self, n_layers: int) -> LayerCounts:
+        """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8). The released rule floors fractions."""
+        floor = self.score_rule == "released"
+        trained = "all" if self.selection == "all" else self.trained_layers
+        return LayerCounts(
+            n_layers,
+            _resolve_layer_count("trained_layers", trained, n_layers, floor),
+            _resolve_layer_count("kept_layers", self.kept_layers, n_layers, floor),
+        )
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        message = re.sub(r"argument (--\w+)\S*:", r"\1:", message)
+        message = re.sub(r"invalid (\w+) value: (.*)", r"must be of type \1; got \2", message)
+        raise UsageError(message.rstrip(".") + ". See --help.")
+
+
+def _yaml_as_flags(path: str) -> list[str]:
+    """The keys of a flat YAML file as command line flags, so that both go through the same type checks."""
+    try:
+        with open(path) as file:
+            values = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} must hold `key: value` lines; got a {type(values).__name__}.")
+    flags = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise UsageError(f"--config {path}: {key} must be a single value or a list; got a mapping.")
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return flags
+
+
+def parse_arguments(
+    groups: Sequence[type], argv: Sequence[str], description: str, unavailable: Sequence[str] = ()
+) -> tuple:
+    """Read `argv` (and the YAML file named by its --config) into one instance of each dataclass in `groups`.
+
+    `unavailable` names keys of the design that this version does not have: they are refused as such, not as typos.
+
+    Raises:
+        UsageError: unknown key, bad value, unreadable YAML. The dataclasses' own checks raise it too.
+    """
+    known = [f.name for group in groups for f in fields(group)]
+    parser = _Parser(list(groups), description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="A recipe: `key: value` lines; flags override them.")
+    argv = list(argv)
+    recipe, flags = None, []
+    while argv:
+        flag = argv.pop(0)
+        if flag == "--config" and argv:
+            recipe = argv.pop(0)
+        elif flag.startswith("--config="):
+            recipe = flag.removeprefix("--config=")
+        else:
+            flags.append(flag)
+    flags = (_yaml_as_flags(recipe) if recipe else []) + flags
+    for flag in flags:
+        if flag.startswith("--"):
+            key = flag[2:].split("=")[0].replace("-", "_")
+            if key in unavailable:
+                raise UsageError(f"--{key} is not available in this version.")
+            if key.removeprefix("no_") not in [*known, "help"]:
+                close = difflib.get_close_matches(key, known, n=1)
+                raise UsageError(
+                    f"unknown key --{key}." + (f" Did you mean --{close[0]}?" if close else " See --help.")
+                )
+    *parsed, _, rest = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]}. Arguments are `--key value`; see --help.")
+    return (*parsed, recipe)
+
+
+def run_command(main: Callable[[Sequence[str]], int]) -> None:
+    """Run a command and exit with its code; a UsageError becomes one line from rank 0 and exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

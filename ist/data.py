@@ -1,0 +1,370 @@
+"""Rows in, token ids and labels out; and the one stream of global batches that depends on the seed alone.
+
+`python -m ist.data --output_dir DIR` writes the demo's data set: arithmetic word problems with worked answers.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ist.config import UsageError, brief, parse_arguments, require, run_command
+from ist.sampler import seeded_generator
+
+IGNORE = -100  # the label of a token that is not predicted, as in torch's cross_entropy
+
+_INTRO = "Below is an instruction that describes a task"
+_WITH_INPUT = ", paired with an input that provides further context"
+_REQUEST = ". Write a response that appropriately completes the request."
+_PAD = " " * 16  # LLM-Adapters' prompt stands indented in its source, and the indentation is in the prompt
+
+# template -> (prompt without input, prompt with input). llm_adapters is LLM-Adapters' training prompt to the byte.
+TEMPLATES = {
+    "alpaca": (
+        _INTRO + _REQUEST + "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+        _INTRO
+        + _WITH_INPUT
+        + _REQUEST
+        + "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    ),
+    "llm_adapters": (
+        f"{_INTRO}{_REQUEST}  \n\n{_PAD}### Instruction:\n{_PAD}{{instruction}}\n{_PAD}\n{_PAD}### Response:\n{_PAD}",
+        f"{_INTRO}{_WITH_INPUT}{_REQUEST} \n\n{_PAD}### Instruction:\n{_PAD}{{instruction}}\n{_PAD}\n"
+        f"{_PAD}### Input:\n{_PAD}{{input}}\n{_PAD}\n{_PAD}### Response:\n{_PAD}",
+    ),
+    "none": ("{instruction}", "{instruction}{input}"),
+}
+
+
+def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = None) -> Dataset:
+    """Rows of JSON, JSONL or Parquet files (one kind), or of the train split of a dataset on the Hub or on disk.
+
+    Args:
+        key: the argument the files came from, for the error messages.
+
+    Raises:
+        UsageError: a file is missing, empty or not what its name says; no rows; columns other than
+            {instruction, output, input (optional)} or {messages}.
+    """
+    source = dataset_name or ", ".join(files)
+    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    for file in files:
+        if Path(file).suffix not in kinds:
+            raise UsageError(f"--{key} must end in .json, .jsonl or .parquet; got {file}.")
+        if not Path(file).is_file():
+            raise UsageError(f"--{key} {file}: no such file.")
+        if Path(file).stat().st_size == 0:
+            raise UsageError(f"--{key} {file} is empty.")
+    if len({kinds[Path(file).suffix] for file in files}) > 1:
+        raise UsageError(f"--{key} must not mix JSON and Parquet; got {source}.")
+    try:
+        if dataset_name:
+            rows = datasets.load_dataset(dataset_name, split="train")
+        else:
+            rows = datasets.load_dataset(kinds[Path(files[0]).suffix], data_files=list(files), split="train")
+    except Exception as error:  # datasets wraps whatever the readers raise; the innermost says what is wrong
+        while error.__cause__ is not None:
+            error = error.__cause__
+        kind = "cannot be loaded" if dataset_name else f"is not valid {Path(files[0]).suffix[1:].upper()}"
+        raise UsageError(f"--{key} {source} {kind} ({' '.join(str(error).split())[:200]}).") from error
+    if len(rows) == 0:
+        raise UsageError(f"--{key} {source} holds no rows.")
+    columns = set(rows.column_names)
+    if not ({"instruction", "output"} <= columns or "messages" in columns):
+        raise UsageError(
+            f"--{key} {source} needs the columns instruction and output (input is optional), or messages; "
+            f"it has {', '.join(rows.column_names)}."
+        )
+    return rows
+
+
+def make_prompt(row: dict, template: str, tokenizer) -> str:
+    """The text before the answer of an instruction row, as the model sees it in training and in generation."""
+    instruction, extra = str(row["instruction"]), str(row.get("input") or "")
+    if template == "chat":
+        user = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
+        return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    return TEMPLATES[template][bool(extra)].format(instruction=instruction, input=extra)
+
+
+def _segments(row: dict, template: str, tokenizer) -> list[tuple[str, bool]]:
+    """A row as [(text, whether the model is to learn it)]: prompt and answer, or every turn of a chat."""
+    if row.get("messages") is None:
+        answer = "" if row["output"] is None else str(row["output"])
+        if not answer.strip():
+            raise UsageError("has no answer: output is empty")
+        if template != "chat":
+            return [(make_prompt(row, template, tokenizer), False), (answer, True)]
+        user = str(row["instruction"]) + (f"\n\n{row['input']}" if row.get("input") else "")
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    else:
+        messages = row["messages"]
+        if not any(m["role"] == "assistant" and (m["content"] or "").strip() for m in messages):
+            raise UsageError("has no answer: no assistant turn with content")
+        if template != "chat":
+            raise UsageError(f"holds messages, which need --prompt_template chat; got {template}")
+    # Where each turn stands in the whole text: by rendering the conversation up to it.
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    segments, end = [], 0
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip()
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UsageError("cannot be split into turns: the chat template rewrites earlier turns")
+            segments += [(text[end : len(before)], False), (text[len(before) : len(after)], True)]
+            end = len(after)
+    return segments
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def encode(row: dict, template: str, tokenizer, max_length: int, completion_only_loss: bool) -> dict:
+    """Token ids and labels of one row; {"input_ids": list, "labels": list}, at most `max_length` long.
+
+    The text is tokenised whole, as LLM-Adapters does; a token that spans prompt and answer belongs to the answer. EOS
+    follows if it fits (chat templates write their own).
+
+    Raises:
+        UsageError: the row has no answer, or does not suit the template.
+    """
+    segments = _segments(row, template, tokenizer)
+    special = {"add_special_tokens": template != "chat"}
+    ids = tokenizer("".join(text for text, _ in segments), **special)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if template != "chat" and eos is not None and ids[-1] != eos:
+        ids = [*ids, eos]
+    labels = list(ids)
+    if completion_only_loss:
+        labels = [IGNORE] * len(ids)
+        text, start = "", 0
+        for k, (part, is_answer) in enumerate(segments):
+            text += part
+            last = k == len(segments) - 1
+            end = len(ids) if last else _common_prefix(tokenizer(text, **special)["input_ids"], ids)
+            if is_answer:
+                labels[start:end] = ids[start:end]
+            start = end
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def predicted_tokens(labels: Sequence[int]) -> int:
+    """How many tokens of a row the loss counts; the first token of a row is never predicted."""
+    return sum(label != IGNORE for label in labels[1:])
+
+
+def encode_rows(
+    rows: Dataset, key: str, template: str, tokenizer, max_length: int, completion_only_loss: bool
+) -> tuple[Dataset, int]:
+    """(encoded rows with the columns input_ids, labels; how many were dropped as nothing of their answer fits).
+
+    Raises:
+        UsageError: naming the row (counted from 0) that cannot be used, or when none is left.
+    """
+
+    def encode_one(row: dict, index: int) -> dict:
+        try:
+            return encode(row, template, tokenizer, max_length, completion_only_loss)
+        except UsageError as error:
+            raise UsageError(f"--{key}: row {index} {error}.") from error
+
+    # datasets fingerprints a function by its name, not by what it and its helpers do: name everything that matters.
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    settings = (template, tokenizer.chat_template, max_length, completion_only_loss, Path(__file__).read_text())
+    encoded = rows.map(
+        encode_one,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        new_fingerprint=Hasher.hash((rows._fingerprint, backend, settings)),
+        desc=f"tokenising {key}",
+    )
+    fits = [i for i, labels in enumerate(encoded["labels"]) if predicted_tokens(labels)]
+    if not fits:
+        raise UsageError(f"--{key}: no row has an answer left within --max_length {max_length}. Raise --max_length.")
+    dropped = len(encoded) - len(fits)
+    return (encoded.select(fits) if dropped else encoded), dropped
+
+
+class Data(NamedTuple):
+    rows: Dataset  # columns input_ids, labels
+    validation: Dataset | None
+    dropped: int  # training rows with nothing of their answer within max_length
+    pad_token_id: int
+
+
+def prepare_data(args: Namespace) -> Data:
+    """Rows read, split and tokenised.
+
+    Raises:
+        UsageError: a file, a row, a split or a tokenizer that cannot be used.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UsageError(f"--model_name_or_path {args.model_name_or_path} has no tokenizer: {brief(error)}") from error
+    if args.prompt_template == "chat" and not tokenizer.chat_template:
+        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
+    key = "train_file" if args.train_file else "dataset_name"
+    rows, validation = load_rows(key, args.train_file or (), args.dataset_name), None
+    if args.validation_file:
+        validation = load_rows("validation_file", args.validation_file)
+    elif args.validation_size:
+        size = args.validation_size if args.validation_size < 1 else int(args.validation_size)
+        taken = math.ceil(size * len(rows)) if size < 1 else size
+        require(taken < len(rows), "validation_size", f"less than the {len(rows)} rows there are", size)
+        parts = rows.train_test_split(test_size=taken, seed=42)
+        rows, validation = parts["train"], parts["test"]
+    encoding = (args.prompt_template, tokenizer, args.max_length, args.completion_only_loss)
+    rows, dropped = encode_rows(rows, key, *encoding)
+    if validation is not None:
+        validation, _ = encode_rows(validation, "validation_file" if args.validation_file else key, *encoding)
+    pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    return Data(rows, validation, dropped, pad_token_id)
+
+
+class GlobalBatches:
+    """The stream of row indices: one permutation of the rows per epoch, end to end, cut into full global batches.
+
+    It depends on (n_rows, batch_size, seed) alone, never on the number of ranks: batch `step` is stream[step * B :
+    (step + 1) * B] and may span two epochs.
+    """
+
+    def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
+        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        self._permutations: dict[int, list[int]] = {}
+
+    def rows(self, step: int) -> list[int]:
+        """The [B] row indices of the global batch of `step`."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._permutation(place // self.n_rows)[place % self.n_rows] for place in places]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._permutations:
+            generator = seeded_generator(self.seed, epoch, "data")
+            self._permutations = {e: p for e, p in self._permutations.items() if e >= epoch - 1}
+            self._permutations[epoch] = torch.randperm(self.n_rows, generator=generator).tolist()
+        return self._permutations[epoch]
+
+
+def probe_rows(n_rows: int, count: int, seed: int, step: int) -> list[int]:
+    """`count` distinct row indices (all rows when there are fewer) for the importance update of `step`."""
+    return torch.randperm(n_rows, generator=seeded_generator(seed, step, "probe"))[:count].tolist()
+
+
+def micro_batches(
+    rows: Dataset, indices: Sequence[int], size: int, rank: int, world_size: int, pad_token_id: int
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's share of `indices` as padded batches of `size` rows: input_ids, attention_mask, labels, all [B, S].
+
+    Every rank gets the same number of batches (sharded forwards need it); where rows run out, a masked one stands.
+    """
+    for start in range(0, len(indices), size * world_size):
+        share = indices[start + rank * size : start + (rank + 1) * size]
+        batch = rows[list(share)] if share else {"input_ids": [[pad_token_id] * 2], "labels": [[IGNORE] * 2]}
+        yield collate(batch["input_ids"], batch["labels"], pad_token_id)
+
+
+def collate(input_ids: list[list[int]], labels: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Rows padded on the right to the longest: input_ids, attention_mask and labels, int64 [B, S]."""
+    width = max(map(len, input_ids))
+    return {
+        "input_ids": torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in input_ids]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in input_ids]),
+        "labels": torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels]),
+    }
+
+
+# The demo's word problems: (question, first sentence of the worked answer, calculation). The held-out part has other
+# templates and other numbers: no operand of a held-out question occurs in training.
+_TRAIN_PROBLEMS = (
+    ("{who} has {a} {things} and buys {b} more. How many {things} does {who} have now?",
+     "{who} starts with {a} {things} and buys {b} more.", "a + b"),
+    ("A shop sold {a} {things} in the morning and {b} in the afternoon. How many {things} did it sell that day?",
+     "The shop sold {a} and then {b} {things}.", "a + b"),
+    ("{who} had {sum} {things} and gave {b} of them away. How many {things} are left?",
+     "{who} had {sum} {things} and gave away {b}.", "sum - b"),
+    ("Of {sum} {things} on a truck, {a} fell off. How many {things} are still on the truck?",
+     "There were {sum} {things} and {a} fell off.", "sum - a"),
+    ("{who} fills {a} bags with {b} {things} each. How many {things} are in the bags?",
+     "There are {a} bags of {b} {things}.", "a * b"),
+    ("Each of {a} children brings {b} {things} to school. How many {things} do they bring?",
+     "There are {a} children with {b} {things} each.", "a * b"),
+)  # fmt: skip
+_HELD_OUT_PROBLEMS = (
+    ("One box holds {a} {things} and another holds {b}. How many {things} are in the two boxes together?",
+     "The boxes hold {a} and {b} {things}.", "a + b"),
+    ("{who} picked {sum} {things} and ate {b}. How many {things} does {who} have now?",
+     "{who} picked {sum} {things} and ate {b}.", "sum - b"),
+    ("A room has {a} rows of {b} {things}. How many {things} are in the room?",
+     "There are {a} rows of {b} {things}.", "a * b"),
+)  # fmt: skip
+_NAMES = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fatima", "Grace", "Hugo")
+_THINGS = ("apples", "books", "coins", "eggs", "lamps", "pens", "shells", "tickets")
+
+
+def arithmetic_rows(count: int, seed: int, held_out: bool) -> list[dict]:
+    """`count` distinct word problems in the LLM-Adapters row format {instruction, input, output, answer}.
+
+    Operands are multiples of three in the held-out part and never in the other.
+    """
+    rng = np.random.default_rng([seed, held_out])
+    problems = _HELD_OUT_PROBLEMS if held_out else _TRAIN_PROBLEMS
+    operands = [n for n in range(2, 30) if (n % 3 == 0) == held_out]
+    rows: dict[str, dict] = {}
+    while len(rows) < count:
+        a, b = (int(n) for n in rng.choice(operands, size=2))
+        question, working, calculation = problems[rng.integers(len(problems))]
+        if "sum" in calculation and ((a + b) % 3 == 0) != held_out:
+            continue
+        values = {"a": a, "b": b, "sum": a + b, "who": rng.choice(_NAMES), "things": rng.choice(_THINGS)}
+        left, operator, right = calculation.split()
+        x, y = values[left], values[right]
+        result = {"+": x + y, "-": x - y, "*": x * y}[operator]
+        output = f"{working.format(**values)} {x} {operator} {y} = {result}. The answer is {result}."
+        instruction = question.format(**values)
+        rows[instruction] = {"instruction": instruction, "input": "", "output": output, "answer": str(result)}
+    return list(rows.values())
+
+
+@dataclass
+class DemoDataArguments:
+    output_dir: str = field(metadata={"help": "Where train.json, validation.json and test.json go."})
+    train_rows: int = field(default=480, metadata={"help": "Rows of train.json."})
+    validation_rows: int = field(default=64, metadata={"help": "Rows of validation.json: as train.json, other rows."})
+    test_rows: int = field(default=96, metadata={"help": "Rows of test.json: other numbers and other templates."})
+    seed: int = field(default=0, metadata={"help": "Seed of the rows."})
+
+
+def main(argv: Sequence[str]) -> int:
+    (arguments, _) = parse_arguments([DemoDataArguments], argv, "Write the demo's arithmetic word problems.")
+    for key in ("train_rows", "validation_rows", "test_rows"):
+        require(1 <= getattr(arguments, key) <= 1000, key, "from 1 to 1000", getattr(arguments, key))
+    seen = arithmetic_rows(arguments.train_rows + arguments.validation_rows, arguments.seed, held_out=False)
+    parts = {
+        "train": seen[: arguments.train_rows],
+        "validation": seen[arguments.train_rows :],
+        "test": arithmetic_rows(arguments.test_rows, arguments.seed, held_out=True),
+    }
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"{folder / name}.json: {len(rows)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,106 @@
+"""Which modules are the decoder layers, and which adapter modules and parameters each of them holds.
+
+Layers are found by structure: the ModuleList whose members contain the injected PEFT modules. No table of class names.
+"""
+
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ist.config import UsageError
+
+# The paper's q, k, v, up, down, and what carries those roles under other names (fused, or of older architectures).
+ADAPTER_TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    *("qkv_proj", "query_key_value", "c_attn", "gate_up_proj"),
+    *("fc1", "fc2", "fc_in", "fc_out", "c_fc", "mlp.c_proj", "dense_h_to_4h", "dense_4h_to_h"),
+)
+
+
+def default_target_modules(model: nn.Module) -> list[str]:
+    """The names of `ADAPTER_TARGETS` that `model` has."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    return [target for target in ADAPTER_TARGETS if any(name.endswith(f".{target}") for name in names)]
+
+
+def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
+    """(path of the outermost ModuleList around the module `name`, position in it); None where there is none."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        path = ".".join(parts[:i])
+        if isinstance(model.get_submodule(path), nn.ModuleList):
+            return path, int(parts[i])
+    return None
+
+
+class LayerMap:
+    """The decoder layers of a PEFT model that carry adapters, in order.
+
+    Build it after `accelerator.prepare` (on the unwrapped model): sharding replaces parameters.
+
+    Attributes:
+        names: [N_L] module path of each layer, e.g. "base_model.model.model.layers.0".
+        modules: [N_L] lists of the layer's tuner modules (outermost ones).
+        parameters: [N_L] lists of the layer's trainable parameters, as they were when the map was built.
+        outside: names of the trainable parameters in no layer (an adapter on the embeddings or the head).
+
+    Raises:
+        UsageError: the model has no adapter modules inside a list of layers, or in more than one list.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tuners: dict[tuple[str, int], list[BaseTunerLayer]] = {}
+        last_tuner = None
+        for name, module in model.named_modules():
+            if not isinstance(module, BaseTunerLayer) or (last_tuner and name.startswith(f"{last_tuner}.")):
+                continue
+            last_tuner = name
+            if (layer := _enclosing_layer(model, name)) is not None:
+                tuners.setdefault(layer, []).append(module)
+        lists = {path for path, _ in tuners}
+        if not lists:
+            raise UsageError(
+                "the model has no layer list: no adapter module sits inside a torch.nn.ModuleList of decoder layers, "
+                "so there is nothing to choose layers from. Check --target_modules and the model's architecture."
+            )
+        if len(lists) > 1:
+            raise UsageError(
+                f"adapters sit in several layer lists ({', '.join(sorted(lists))}); "
+                "--target_modules must reach into one of them only."
+            )
+        keys = sorted(tuners)
+        self.names = [f"{path}.{position}" for path, position in keys]
+        self.modules = [tuners[key] for key in keys]
+        self.parameters: list[list[nn.Parameter]] = [[] for _ in keys]
+        self.outside: list[str] = []
+        index = {name: i for i, name in enumerate(self.names)}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                layer = _enclosing_layer(model, name)
+                i = index.get(f"{layer[0]}.{layer[1]}") if layer else None
+                if i is None:
+                    self.outside.append(name)
+                else:
+                    self.parameters[i].append(parameter)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.names)
+
+    def tuners_outside(self, kept: Iterable[int]) -> list[BaseTunerLayer]:
+        """The tuner modules of every layer but `kept`."""
+        kept = set(kept)
+        return [module for i, modules in enumerate(self.modules) if i not in kept for module in modules]
+
+
+def drop_input_grad_hooks(model: nn.Module) -> None:
+    """Remove what gradient checkpointing hangs on the input embedding to make its output require gradients.
+
+    transformers and PEFT add one such hook each and leak them; they exist for reentrant checkpointing. With them the
+    backward runs through every layer below the lowest trained one, for nothing.
+    """
+    embedding = model.get_input_embeddings()
+    for key, hook in list(embedding._forward_hooks.items()):
+        if "make_inputs_require_grad" in getattr(hook, "__name__", ""):
+            del embedding._forward_hooks[key]

@@ -1,0 +1,270 @@
+"""What a run leaves to look at: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same for trackers.
+
+`python -m ist.report RUN_DIR` draws RUN_DIR/importance.png again from the files.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import matplotlib
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from ist.checkpoint import checkpoint_steps, write_json
+from ist.config import UsageError, run_command
+
+METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; none when it is not there. A last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def read_run(output_dir: Path) -> dict | None:
+    """run.json of a run, or None where there is none."""
+    path = output_dir / RUN
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What run.json says of where a run ran: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu"
+    libraries = (torch, accelerate, transformers, peft)
+    return {
+        "versions": {"python": platform.python_version(), **{lib.__name__: lib.__version__ for lib in libraries}},
+        "commit": git.stdout.strip() or None,
+        "hardware": {"device": device, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "world_size": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of this process so far: allocated on the GPU, or resident in memory where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def require_tracker(report_to: str) -> None:
+    """Stop now, not after the model is loaded, when the tracker cannot start."""
+    if report_to == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise UsageError("--report_to tensorboard needs a package: pip install tensorboard.") from None
+    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        if not wandb.api.api_key:
+            raise UsageError(
+                "--report_to wandb (the default) finds no W&B login: run `wandb login`, or set WANDB_MODE=offline, "
+                "or pass --report_to none."
+            )
+
+
+# What a resumed run may change: where and how it reports, saves and cuts its batches, not what it computes.
+FREE_KEYS = {
+    *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
+    *("report_to", "run_name", "per_device_train_batch_size", "gradient_accumulation_steps"),
+}
+
+
+def differing_keys(there: dict, here: dict) -> str:
+    """What stands in the way of going on with a run of configuration `there`; empty when nothing does."""
+    keys = sorted((there.keys() & here.keys()) - FREE_KEYS)
+    return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key])
+
+
+def require_free(output_dir: Path, configuration: dict, resume: bool) -> bool:
+    """Whether the run in `output_dir` is this one and finished.
+
+    Raises:
+        UsageError: it is another one, or it can go on but was not asked to.
+    """
+    run = read_run(output_dir)
+    holds_results = (
+        read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or (output_dir / "adapter").exists()
+    )
+    if run is None or not holds_results:
+        return False
+    if differing := differing_keys(run["configuration"], configuration):
+        raise UsageError(f"--output_dir {output_dir} holds another run's results: {differing}. Choose another folder.")
+    if run["status"] != "finished" and not resume:
+        raise UsageError(
+            f"--output_dir {output_dir} holds a run that is {run['status']}, not finished: go on with it by "
+            "--resume_from_checkpoint auto, or choose another folder."
+        )
+    return run["status"] == "finished"
+
+
+class RunRecord:
+    """The files of one run and its trackers. Every rank makes one and calls it alike; the main process writes.
+
+    Args:
+        output_dir: folder of the run.
+        accelerator: its trackers get the same numbers, as train/<key>, eval/loss, importance/..., probe/...
+        configuration: the resolved arguments, for run.json.
+    """
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, configuration: dict[str, Any], **facts: Any) -> None:
+        self.output_dir = output_dir
+        self.accelerator = accelerator
+        self.main = accelerator.is_main_process
+        self.summary = {"status": "running", "start": _now(), "end": None, **facts, "configuration": configuration}
+        self._scores: list[list[float]] = []
+        if self.main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(output_dir / RUN, self.summary)
+
+    def start_trackers(self, run_name: str) -> None:
+        """Start the trackers the accelerator was made with; W&B takes its project from WANDB_PROJECT, else "ist"."""
+        self.accelerator.project_configuration.set_directories(str(self.output_dir))
+        scalars = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in self.summary["configuration"].items()
+        }
+        options = {"wandb": {"name": run_name, "dir": str(self.output_dir)}}
+        self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "ist"), scalars, options)
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""
+        if not self.main:
+            return
+        # The importance update of step t comes before it: a checkpoint after t steps does not hold it yet.
+        for name, keeps in (
+            (METRICS, lambda line: line["step"] <= step),
+            (IMPORTANCE, lambda line: line["step"] < step),
+        ):
+            lines = [line for line in read_lines(self.output_dir / name) if step > 0 and keeps(line)]
+            temporary = self.output_dir / f".{name}.tmp"
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.replace(self.output_dir / name)
+        self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
+
+    def update(self, **facts: Any) -> None:
+        """Set entries of run.json."""
+        self.summary.update(facts)
+        if self.main:
+            write_json(self.output_dir / RUN, self.summary)
+
+    def close(self, status: str, **facts: Any) -> None:
+        """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture."""
+        self.update(status=status, end=_now(), **facts)
+        if self.main and (self.output_dir / METRICS).exists():
+            draw_importance(self.output_dir)
+
+    def metrics(self, line: dict) -> None:
+        """A logged training step."""
+        self._append(METRICS, line)
+        values = {f"train/{key}": value for key, value in line.items() if not isinstance(value, list)}
+        self.accelerator.log(values, step=line["step"])
+
+    def validation(self, line: dict) -> None:
+        self._append(METRICS, line)
+        self.accelerator.log({"eval/loss": line["validation_loss"]}, step=line["step"])
+
+    def importance(self, line: dict, trained_counts: Sequence[int], probe_share: float) -> None:
+        """An importance update, how often each layer was trained so far, and the share of time spent on probes."""
+        self._append(IMPORTANCE, line)
+        step = line["step"]
+        values: dict[str, float] = {"probe/seconds": line["probe_seconds"], "probe/time_share": probe_share}
+        for j, (loss, reward) in enumerate(zip(line["losses"], line["rewards"], strict=True)):
+            values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
+        for i, (score, count) in enumerate(zip(line["scores"], trained_counts, strict=True)):
+            values |= {f"importance/score/layer_{i:02d}": score, f"importance/trained_steps/layer_{i:02d}": count}
+        self.accelerator.log(values, step=step)
+        if self.main:
+            self._scores.append(line["scores"])
+            image = _heat_map(self._scores)
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"importance/heat_map": image[None]}, step=step, **layout)
+
+    def _append(self, name: str, line: dict) -> None:
+        if self.main:
+            with open(self.output_dir / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _heat_map(scores: list[list[float]]) -> np.ndarray:
+    """uint8 [H, W, 3]: layers upwards, updates to the right (at most 256 of them), colour = sigmoid of the score."""
+    columns = np.linspace(0, len(scores) - 1, min(len(scores), 256)).astype(int)
+    probabilities = 1 / (1 + np.exp(-np.array(scores)[columns].T[::-1]))
+    rgb = matplotlib.colormaps["viridis"](probabilities)[..., :3]
+    return (255 * rgb).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+
+
+def draw_importance(output_dir: Path) -> Path:
+    """importance.png: sigmoid of every layer's score over steps (paper, Figure 4), and how often each was trained.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    run = read_run(output_dir)
+    if run is None or "trained_counts" not in run:
+        raise UsageError(f"{output_dir} holds no run with layers to draw (no {RUN} with trained_counts).")
+    updates = read_lines(output_dir / IMPORTANCE)
+    counts = run["trained_counts"]
+    n_layers = len(counts)
+    colours = ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for i in range(n_layers if updates else 0):
+        steps = [0] + [update["step"] for update in updates]
+        left.plot(steps, [0.5] + [update["probabilities"][i] for update in updates], color=colours.to_rgba(i), lw=1.2)
+    if not updates:
+        left.text(0.5, 0.5, "no importance updates in this run", ha="center", transform=left.transAxes)
+    left.set(ylim=(0, 1), xlabel="optimizer step", ylabel="sigmoid(importance)", title="Layer importance")
+    figure.colorbar(colours, ax=left, label="layer")
+    right.bar(range(n_layers), counts, color=[colours.to_rgba(i) for i in range(n_layers)])
+    right.axhline(sum(counts) / n_layers, color="0.3", ls="--", lw=1, label="mean over layers")
+    right.set(xlabel="layer", ylabel="steps", title=f"Steps in which each layer was trained (of {run['steps']})")
+    right.legend(loc="lower right")
+    figure.suptitle(f"{output_dir.name}: {run['status']}")
+    path = output_dir / PICTURE
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("usage: python -m ist.report RUN_DIR\n\nDraws RUN_DIR/importance.png from the run's files.")
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    print(draw_importance(Path(argv[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,87 @@
+"""Suppression: o = base + g (adapted - base) for chosen PEFT modules, by forward hooks (Eq. 8).
+
+Nothing of PEFT is written, so an exception cannot leave a model changed; outside `suppress` no hook is registered.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def suppress(modules: Iterable[BaseTunerLayer], gate: float) -> Iterator[None]:
+    """Within the context, the response of each PEFT module is multiplied by `gate`: 1 full, 0 that of its base layer.
+
+    Exact at both ends, bit for bit. The hooks go when the context ends, by an exception as well.
+
+    Raises:
+        ValueError: an adapter is merged into its base layer: its response can no longer be told apart.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for module in modules:
+            handles += _gate(module, gate)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gate(module: BaseTunerLayer, gate: float) -> list[RemovableHandle]:
+    if module.merged:
+        raise ValueError("an adapter is merged into its base layer; unmerge it before measuring importance")
+    base_calls: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+
+    def forget(module, args):
+        base_calls.clear()
+
+    def capture(base_layer, args, output):
+        base_calls.append((args[0], output, output._version))
+
+    def interpolate(module, args, kwargs, adapted):
+        # LoRA calls its base layer once, on the input it was given: that output is the base. Methods that rotate or
+        # scale the input first, or write into the base's output, show it here; for them the base is computed anew.
+        match base_calls:
+            case [(x, base, version)] if x is args[0] and base is not adapted and base._version == version:
+                pass
+            case _:
+                base = module.get_base_layer()(*args, **kwargs)
+        base_calls.clear()
+        # lerp is exact at 0 and at 1; base + gate * (adapted - base) is exact at neither in bf16.
+        return torch.lerp(base.to(adapted.dtype), adapted, gate)
+
+    return [
+        module.register_forward_pre_hook(forget),
+        module.get_base_layer().register_forward_hook(capture),
+        module.register_forward_hook(interpolate, with_kwargs=True),
+    ]
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether `module` is a dropout, or applies one by its own `training` flag (attention does, without a module)."""
+    if isinstance(module, _DropoutNd) or any(isinstance(child, _DropoutNd) for child in module.children()):
+        return True
+    return any("dropout" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout: how losses are measured, by probes and by validation.
+
+    The rest of the model stays in train mode: in eval mode, bitsandbytes packs 4-bit weights on CPU at the first
+    forward, and training loses its gradients afterwards in silence. Not inference_mode: FSDP2 cannot train after it.
+    """
+    dropouts = [module for module in model.modules() if module.training and _has_dropout(module)]
+    for module in dropouts:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in dropouts:
+            module.training = True

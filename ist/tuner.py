@@ -1,0 +1,117 @@
+"""SparseTuner: the two loops of the paper's Algorithm 1, beside any training loop."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ist import distributed
+from ist.config import ISTConfig
+from ist.layers import LayerMap
+from ist.sampler import ImportanceSampler
+from ist.suppression import measuring, suppress
+
+
+class SparseTuner:
+    """Chooses the layers that train at each step, freezes the rest, and learns which layers matter.
+
+    Build it last, when the optimizer (over *all* adapter parameters) exists and the model is prepared:
+
+        tuner = SparseTuner(model, ISTConfig(), probe_loss)
+        for step in range(max_steps):
+            update = tuner.begin_step(step)   # before the first forward of the step; an update's record, or None
+            ...                               # forward, backward, clip tuner.trained_parameters(), optimizer.step()
+            optimizer.zero_grad(set_to_none=True)   # None, not zero: a resting layer must not move
+
+    Args:
+        model: a PEFT model, unwrapped (`accelerator.unwrap_model`) but already sharded where it is to be.
+        config: hyper-parameters of the method.
+        probe_loss: step -> [2] tensor, (sum of token losses, number of predicted tokens) over this rank's share of
+            the probe rows of that step, the same rows at every call. Not called unless `selection` is ist.
+    """
+
+    def __init__(self, model: nn.Module, config: ISTConfig, probe_loss: Callable[[int], Tensor]) -> None:
+        self.model = model
+        self.config = config
+        self.probe_loss = probe_loss
+        self.layers = LayerMap(model)
+        self.sampler = ImportanceSampler(self.layers.n_layers, config)
+        self.trained: list[int] = list(range(self.layers.n_layers))
+        self.trained_counts = [0] * self.layers.n_layers
+        self.probe_seconds = 0.0
+        self._outside = [model.get_parameter(name) for name in self.layers.outside]
+        self._plan: dict[int, list[int]] = {}
+
+    def begin_step(self, step: int) -> dict | None:
+        """Importance update if one is due, then the selection of `step` (counted from 0), set on the model.
+
+        Returns:
+            The update's line of importance.jsonl, or None when none was due.
+
+        Raises:
+            RuntimeError: ranks disagree on the scores or on the layers to train.
+            FloatingPointError: a candidate loss is not finite.
+        """
+        update = None
+        if step not in self._plan:
+            update = self.update_importance(step) if self.sampler.due(step) else None
+            # Scores stay put until the next update, so that all selections up to it are known, and compared, now.
+            interval = self.config.update_interval
+            self._plan = {s: self.sampler.trained(s) for s in range(step, (step // interval + 1) * interval)}
+            self._require_agreement(step)
+        self._activate(self._plan[step])
+        return update
+
+    def update_importance(self, step: int) -> dict:
+        """The importance loop: one loss per candidate set, everything outside the set suppressed (Eq. 8-10)."""
+        start = time.perf_counter()
+        candidates = self.sampler.candidates(step)
+        sums = []
+        with measuring(self.model):
+            for kept in candidates:
+                with suppress(self.layers.tuners_outside(kept), self.config.suppression):
+                    sums.append(self.probe_loss(step).double())
+        loss_sum, tokens = distributed.reduce_sum(torch.stack(sums)).unbind(dim=1)
+        losses = (loss_sum / tokens).tolist()
+        rewards = self.sampler.update(candidates, losses)
+        seconds = time.perf_counter() - start
+        self.probe_seconds += seconds
+        importance = self.sampler.importance
+        return {
+            "step": step,
+            "scores": importance.tolist(),
+            "probabilities": torch.sigmoid(importance).tolist(),
+            "candidates": candidates,
+            "losses": losses,
+            "rewards": rewards,
+            "probe_seconds": seconds,
+        }
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train at the present step, in the model's order: what to clip."""
+        layers = [parameter for i in self.trained for parameter in self.layers.parameters[i]]
+        return layers + self._outside
+
+    def state_dict(self) -> dict:
+        """Scores and counts, JSON-ready; draws depend on (seed, step) alone and need no state."""
+        return {**self.sampler.state_dict(), "trained_counts": self.trained_counts}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sampler.load_state_dict(state)
+        self.trained_counts = list(state["trained_counts"])
+        self._plan = {}
+
+    def _activate(self, trained: list[int]) -> None:
+        for i, parameters in enumerate(self.layers.parameters):
+            for parameter in parameters:
+                parameter.requires_grad_(i in trained)
+        for i in trained:
+            self.trained_counts[i] += 1
+        self.trained = trained
+
+    def _require_agreement(self, step: int) -> None:
+        decision = json.dumps([step, self.sampler.scores.tolist(), list(self._plan.values())])
+        distributed.require_agreement(f"the layers of step {step}", hashlib.sha256(decision.encode()).hexdigest()[:16])

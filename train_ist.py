@@ -1,0 +1,545 @@
+"""Fine-tune a causal language model with Importance-aware Sparse Tuning, under Accelerate.
+
+    accelerate launch --config_file accelerate_configs/single.yaml train_ist.py --config launch/recipes/demo.yaml
+    python train_ist.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --train_file rows.json --report_to none
+    python train_ist.py --help
+
+Arguments are `--key value`; a recipe (`--config`, YAML) comes first, flags override it. Exit codes: 0 done, 2 bad
+input, 3 stopped by a signal after saving (run again with --resume_from_checkpoint auto), 1 anything else.
+"""
+
+import logging
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+# Importing PEFT makes bitsandbytes warn of an absent CPU kernel, and injecting an adapter warns of a renamed property.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
+
+from ist import checkpoint as ckpt
+from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
+from ist.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
+from ist.distributed import reduce_sum
+from ist.layers import LayerMap, default_target_modules, drop_input_grad_hooks
+from ist.report import (
+    METRICS,
+    RunRecord,
+    differing_keys,
+    environment,
+    peak_memory_bytes,
+    read_lines,
+    require_free,
+    require_tracker,
+)
+from ist.sampler import seeded_generator
+from ist.suppression import measuring
+from ist.tuner import SparseTuner
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "A model on the Hub or in a folder."})
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Of the base weights; adapters are float32.")
+    attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    train_file: list[str] | None = option(None, "JSON, JSONL or Parquet file(s) with instruction, output or messages.")
+    dataset_name: str | None = option(None, "Instead: a dataset on the Hub or on disk (its train split).")
+    validation_file: list[str] | None = option(None, "Rows to measure validation loss on.")
+    validation_size: float = option(
+        0, "Instead: take this share (below 1) or number of training rows; the same rows whatever the seed."
+    )
+    max_length: int = option(256, "Tokens of a row; what is longer is cut.")
+    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = option(
+        "alpaca", "llm_adapters: the paper's, to the byte; chat: the tokenizer's; none: instruction + input + output."
+    )
+    completion_only_loss: bool = option(False, "Loss on the answer (all assistant turns) only.")
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise UsageError("give --train_file FILE or --dataset_name NAME, and not both.")
+        if self.validation_file and self.validation_size:
+            raise UsageError("give --validation_file or --validation_size, not both.")
+        size = self.validation_size
+        require(0 <= size < 1 or size == int(size), "validation_size", "a fraction below 1 or a number of rows", size)
+        require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
+
+
+@dataclass
+class AdapterArguments:
+    _argument_group_name = "adapter"
+
+    peft_method: Literal["lora"] = option("lora", "The adapter.")
+    lora_r: int = option(32, "Rank.")
+    lora_alpha: int = option(64, "Scaling is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout on the adapter's input.")
+    target_modules: list[str] | None = option(
+        None, "Names of the modules to adapt; default q, k, v, up, down or the architecture's equivalents."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.lora_r >= 1, "lora_r", "1 or more", self.lora_r)
+        require(self.lora_alpha >= 1, "lora_alpha", "1 or more", self.lora_alpha)
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+
+
+@dataclass
+class TrainArguments:
+    _argument_group_name = "training (names as in transformers.TrainingArguments)"
+
+    per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.")
+    learning_rate: float = option(2e-4, "Peak learning rate.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = option("linear", "Schedule after the warm-up.")
+    warmup_steps: float = option(100, "Steps of linear warm-up; below 1, a share of all steps.")
+    num_train_epochs: float = option(3.0, "Passes over the rows.")
+    max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.")
+    optim: Literal["adamw_torch"] = option("adamw_torch", "Optimizer.")
+    weight_decay: float = option(0.0, "AdamW's.")
+    max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
+    bf16: bool = option(False, "Mixed precision: autocast to bfloat16.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward (non-reentrant).")
+
+    def __post_init__(self) -> None:
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        for key in ("learning_rate", "num_train_epochs"):
+            require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
+        require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
+
+
+@dataclass
+class RunArguments:
+    _argument_group_name = "run"
+
+    output_dir: str | None = option(
+        None, "Default runs/{run_name or recipe}-{WANDB_RUN_ID or start time}; {run_id} and {seed} are filled in."
+    )
+    logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = option(None, "Steps between two validations; first and last step are always validated.")
+    save_steps: int | None = option(None, "Steps between two checkpoints.")
+    save_total_limit: int | None = option(None, "Checkpoints to keep; the best one is kept besides.")
+    load_best_model_at_end: bool = option(False, "adapter/ is the one of lowest validation loss, not the last.")
+    resume_from_checkpoint: str = option("none", "none; auto: the newest whole checkpoint, else start; or a path.")
+    report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "Tracker; the files are always written.")
+    run_name: str | None = option(None, "Default: the recipe's name.")
+
+    def __post_init__(self) -> None:
+        for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, "1 or more", value)
+
+
+NOT_YET = ("load_in_4bit", "bottleneck_size", "peft_config")
+
+
+def resolve_output_dir(args: Namespace, recipe: str | None) -> None:
+    args.run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
+    started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
+    run_id = os.environ.get("WANDB_RUN_ID", started)
+    template = args.output_dir or f"runs/{args.run_name}-{{run_id}}"
+    args.output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
+
+
+def require_consistent(args: Namespace) -> None:
+    """What no single argument can tell of itself."""
+    has_validation = bool(args.validation_file or args.validation_size)
+    for key in ("load_best_model_at_end", "eval_steps"):
+        if getattr(args, key) and not has_validation:
+            raise UsageError(f"--{key} needs --validation_file or --validation_size.")
+    if args.load_best_model_at_end and not args.eval_steps:
+        raise UsageError("--load_best_model_at_end needs --eval_steps.")
+
+
+# -------------------------------------------------------------------------------------------------- model and adapter
+
+
+def make_peft_config(args: Namespace, model: nn.Module) -> LoraConfig:
+    targets = args.target_modules or default_target_modules(model)
+    if not targets:
+        raise UsageError("--target_modules has no default for this architecture: name the modules to adapt.")
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def plan_layers(args: Namespace) -> LayerMap:
+    """The layers that will carry adapters, from a skeleton without weights: what is wrong shows before loading them.
+
+    Raises:
+        UsageError: not a model, not a causal language model, no such target modules, no list of layers.
+    """
+    name = f"--model_name_or_path {args.model_name_or_path}"
+    options = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **options)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, **options)
+    except Exception as error:  # whatever transformers raises here, it is about the model that was named
+        raise UsageError(f"{name} cannot be used: {brief(error)}") from error
+    if args.dtype == "auto" and config.dtype == torch.float16:
+        raise UsageError(f"{name} has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
+    peft_config = make_peft_config(args, skeleton)
+    try:
+        return LayerMap(get_peft_model(skeleton, peft_config, low_cpu_mem_usage=True))
+    except ValueError as error:
+        raise UsageError(f"--target_modules: {brief(error)}") from error
+
+
+def load_model(args: Namespace) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_seed(args.seed)
+    model = get_peft_model(base, make_peft_config(args, base))
+    drop_input_grad_hooks(model)
+    return model.train()
+
+
+# ----------------------------------------------------------------------------------------------------------- the loss
+
+
+def token_loss_sum(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Sum of the cross entropies of the predicted tokens of a batch, a float32 scalar."""
+    ids, mask, labels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the loop looks at it between steps. A second Ctrl-C stops at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def _receive(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------ the job
+
+
+def main(argv: Sequence[str]) -> int:
+    groups = (ModelArguments, DataArguments, AdapterArguments, ISTConfig, TrainArguments, RunArguments)
+    *parsed, recipe = parse_arguments(groups, argv, __doc__.split("\n")[0], NOT_YET)
+    ist_config = next(group for group in parsed if isinstance(group, ISTConfig))
+    args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
+    require_consistent(args)
+    require_tracker(args.report_to)
+
+    # An explicit precision: a launcher's own setting must not decide what is computed.
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.bf16 else "no",
+        log_with=None if args.report_to == "none" else args.report_to,
+    )
+    if accelerator.num_processes > 1:
+        raise UsageError("training on several processes is not available in this version: launch one process.")
+    if accelerator.device.type == "cpu" and torch.get_num_threads() < (os.cpu_count() or 1):
+        accelerator.print(f"Using {torch.get_num_threads()} of {os.cpu_count()} CPU cores; OMP_NUM_THREADS sets it.")
+
+    # Run folder: this run's own, or free.
+    resolve_output_dir(args, recipe)
+    output_dir = Path(args.output_dir)
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    configuration = {**vars(args), "global_batch_size": batch_size}
+    if require_free(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
+        accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
+        return 0
+    checkpoint = ckpt.find_checkpoint(output_dir, args.resume_from_checkpoint)
+
+    # Layers and data, before any weight is loaded.
+    layers = plan_layers(args)
+    counts = ist_config.counts(layers.n_layers)
+    with accelerator.main_process_first():
+        data = prepare_data(args)
+    configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
+    if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):
+        raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
+    max_steps = args.max_steps
+    if max_steps == -1:
+        max_steps = math.ceil(args.num_train_epochs * len(data.rows) / batch_size)
+
+    # From here on the run has a record, whatever becomes of it.
+    record = RunRecord(
+        output_dir,
+        accelerator,
+        configuration,
+        **environment(accelerator),
+        **{"steps": 0, "max_steps": max_steps, "layers": layers.names, "layer_counts": counts._asdict()},
+        **{"dropped_rows": data.dropped, "resumed_from": str(checkpoint[0]) if checkpoint else None},
+        trained_counts=checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * layers.n_layers,
+    )
+    stop = StopRequest()
+    try:
+        return train(args, ist_config, accelerator, data, max_steps, checkpoint, record, stop)
+    except FloatingPointError as error:
+        record.close("failed", error=str(error))
+        accelerator.print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BaseException as error:
+        record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=brief(error))
+        raise
+    finally:
+        stop.restore()
+        accelerator.end_training()
+
+
+def train(
+    args: Namespace,
+    ist_config: ISTConfig,
+    accelerator: Accelerator,
+    data: Data,
+    max_steps: int,
+    checkpoint: tuple[Path, dict] | None,
+    record: RunRecord,
+    stop: StopRequest,
+) -> int:
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    output_dir, rows, micro_size = Path(args.output_dir), data.rows, args.per_device_train_batch_size
+    batch_size, seed = record.summary["configuration"]["global_batch_size"], args.seed
+    checkpoints = output_dir / "checkpoints"
+
+    # Model -> adapter -> optimizer over all adapter parameters -> prepare -> tuner, which freezes. In this order: a
+    # layer that is frozen when the optimizer is made would never move, and sharding replaces the parameters.
+    model = load_model(args)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    peft_model = accelerator.unwrap_model(model)
+    parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer.optimizer, warmup, max_steps)
+
+    def loss_over(dataset: Dataset, indices: Sequence[int]) -> Tensor:
+        """[2] float64: (sum of token losses, predicted tokens) over this rank's share of `indices`."""
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in micro_batches(dataset, indices, micro_size, rank, world_size, data.pad_token_id):
+            total[0] += token_loss_sum(model, batch, device)
+            total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
+        return total
+
+    probe_size = ist_config.probe_batch_size or (16 if ist_config.score_rule == "released" else batch_size)
+    tuner = SparseTuner(
+        peft_model, ist_config, lambda step: loss_over(rows, probe_rows(len(rows), probe_size, seed, step))
+    )
+
+    # Resume.
+    finished, tokens, best, validation_loss = 0, 0, None, None
+    if checkpoint:
+        path, state = checkpoint
+        ckpt.load_adapter(path, parameters)
+        ckpt.load_optimizer(path, state["optimizer"], optimizer.optimizer, parameters)
+        scheduler.load_state_dict(state["scheduler"])
+        for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        tuner.load_state_dict(state["tuner"])
+        finished, tokens, best, validation_loss = (state[k] for k in ("step", "tokens", "best", "validation_loss"))
+        if best and not (checkpoints / ckpt.step_name(best["step"])).exists():
+            accelerator.print(f"The best checkpoint so far, of step {best['step']}, is gone; looking for a new best.")
+            best = None
+    if accelerator.is_main_process:
+        ckpt.sweep(output_dir)
+        for later in (step for step in ckpt.checkpoint_steps(output_dir) if step > finished):
+            ckpt.discard(checkpoints / ckpt.step_name(later), output_dir)
+    record.rewind(finished)
+    record.start_trackers(args.run_name)
+
+    n_layers, n_trained, _ = tuner.sampler.counts
+    accelerator.print(
+        f"{args.model_name_or_path}: {n_layers} layers, {n_trained} trained per step (selection {args.selection}), "
+        f"{sum(p.numel() for p in parameters.values()):,} adapter parameters, on {device.type}\n"
+        f"{len(rows)} training rows ({data.dropped} dropped: nothing of their answer within --max_length), "
+        f"{len(data.validation or ())} validation rows; steps {finished} to {max_steps} of {batch_size} rows\n"
+        f"run folder: {output_dir}"
+    )
+    if tuner.layers.outside:
+        accelerator.print(f"In no layer, so trained at every step: {', '.join(tuner.layers.outside)}")
+    if warmup >= max_steps:
+        accelerator.print(f"All {max_steps} steps are within the warm-up of {warmup}; --warmup_steps sets it.")
+
+    quiet = not (accelerator.is_main_process and sys.stderr.isatty())
+    progress = tqdm(total=max_steps, initial=finished, unit="step", disable=quiet)
+    say = accelerator.print if quiet else progress.write
+
+    def validate() -> float:
+        with measuring(peft_model):
+            loss_sum, count = reduce_sum(loss_over(data.validation, range(len(data.validation))))
+        loss = (loss_sum / count).item()
+        record.validation({"step": finished, "epoch": finished * batch_size / len(rows), "validation_loss": loss})
+        say(f"step {finished}/{max_steps}  validation loss {loss:.4f}")
+        return loss
+
+    def require_finite() -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            steps = ckpt.checkpoint_steps(output_dir)
+            good = checkpoints / ckpt.step_name(max(steps)) if steps else "none"
+            raise FloatingPointError(
+                f"loss {float(loss)}, grad_norm {float(grad_norm)} at step {finished}; last good checkpoint: {good}"
+            )
+
+    def save() -> None:
+        require_finite()
+        state = {
+            "configuration": record.summary["configuration"],
+            "scheduler": scheduler.state_dict(),
+            "tuner": tuner.state_dict(),
+            "data": {"next_global_batch": finished},
+            "rng": {"reseeded_by": ["seed", "step", "rank"], "seed": seed, "step": finished},
+            **{"tokens": tokens, "best": best, "validation_loss": validation_loss},
+        }
+        write = accelerator.is_main_process
+        ckpt.save_checkpoint(output_dir, finished, parameters, optimizer.optimizer, state, write)
+        if write:
+            keep = best["step"] if best and args.load_best_model_at_end else None
+            ckpt.prune_checkpoints(output_dir, args.save_total_limit, keep)
+
+    if data.validation and finished == 0:
+        validation_loss = validate()
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    predicted = [predicted_tokens(labels) for labels in rows["labels"]]
+    stream = GlobalBatches(len(rows), batch_size, seed)
+    loss = grad_norm = 0.0
+    run_seconds = window_seconds = 0.0
+    window_steps = window_tokens = 0
+    saved = finished
+    while finished < max_steps and not stop.signal:
+        start = time.perf_counter()
+        step = finished
+        update = tuner.begin_step(step)
+        if update:
+            record.importance(update, tuner.trained_counts, tuner.probe_seconds / max(run_seconds, 1e-9))
+        torch.manual_seed(seeded_generator(seed, step, rank, "dropout").initial_seed())
+
+        # Every rank knows the whole global batch, so it can divide by the batch's predicted tokens without asking.
+        indices = stream.rows(step)
+        divisor = sum(predicted[i] for i in indices)
+        batches = list(micro_batches(rows, indices, micro_size, rank, world_size, data.pad_token_id))
+        loss = torch.zeros((), device=device)
+        for i, batch in enumerate(batches):
+            with accelerator.no_sync(model) if i < len(batches) - 1 else nullcontext():
+                micro_loss = token_loss_sum(model, batch, device) / divisor
+                accelerator.backward(micro_loss * world_size)  # DDP and FSDP average over ranks; the sum is wanted
+            loss += micro_loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(tuner.trained_parameters(), args.max_grad_norm or math.inf)
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        finished += 1
+        progress.update()
+        window_steps += 1
+        window_tokens += sum(lengths[i] for i in indices)
+        tokens += sum(lengths[i] for i in indices)
+        logged = finished % args.logging_steps == 0 or finished == max_steps
+        if logged:
+            loss, grad_norm = float(loss), float(grad_norm)  # waits for the device, so the clock below is right
+        window_seconds += time.perf_counter() - start
+        run_seconds += time.perf_counter() - start
+        if logged:
+            require_finite()
+            step_seconds = window_seconds / window_steps
+            record.metrics(
+                {
+                    "step": finished,
+                    "epoch": finished * batch_size / len(rows),
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "learning_rate": learning_rate,
+                    "tokens": tokens,
+                    "trained_layers": tuner.trained,
+                    "step_seconds": step_seconds,
+                    "tokens_per_second": window_tokens / window_seconds,
+                    "peak_memory_bytes": peak_memory_bytes(device),
+                }
+            )
+            say(f"step {finished}/{max_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  {step_seconds:.2f} s/step")
+            window_seconds, window_steps, window_tokens = 0.0, 0, 0
+
+        improved = False
+        if data.validation and (finished == max_steps or (args.eval_steps and finished % args.eval_steps == 0)):
+            validation_loss = validate()
+            improved = args.load_best_model_at_end and (best is None or validation_loss < best["validation_loss"])
+            if improved:
+                best = {"step": finished, "validation_loss": validation_loss}
+        if improved or (args.save_steps and finished % args.save_steps == 0):
+            save()
+            saved = finished
+    progress.close()
+
+    facts = {"steps": finished, "trained_counts": tuner.trained_counts, "best": best}
+    if finished < max_steps:
+        if saved != finished:
+            save()
+        record.close("interrupted", **facts)
+        say(f"stopped by {stop.signal.name} after step {finished}; go on with --resume_from_checkpoint auto")
+        return 3
+    if best:
+        ckpt.load_adapter(checkpoints / ckpt.step_name(best["step"]), parameters)
+    if accelerator.is_main_process:
+        ckpt.save_adapter(peft_model, args, record.summary)
+    losses = [line["loss"] for line in read_lines(output_dir / METRICS) if "loss" in line]
+    record.close("finished", **facts, final_train_loss=losses[-1], final_validation_loss=validation_loss)
+    say(f"finished {max_steps} steps; the adapter is in {output_dir / 'adapter'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
