@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# Importing PEFT makes bitsandbytes warn of an absent CPU kernel, and injecting an adapter warns of a renamed property.
+# Importing PEFT makes bitsandbytes warn of an absent CPU kernel; the names below are what all of transformers 5 knows.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|gradient_checkpointing_enable).*deprecated")
 
 import torch
 from accelerate import Accelerator

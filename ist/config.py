@@ -137,8 +137,8 @@ class ISTConfig:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:
+        message = re.sub(r"argument (--\w+)\S*: invalid (\w+) value: (.*)", r"\1 must be of type \2; got \3", message)
         message = re.sub(r"argument (--\w+)\S*:", r"\1:", message)
-        message = re.sub(r"invalid (\w+) value: (.*)", r"must be of type \1; got \2", message)
         raise UsageError(message.rstrip(".") + ". See --help.")
 
 

@@ -119,17 +119,15 @@ def _segments(row: dict, template: str, tokenizer) -> list[tuple[str, bool]]:
     segments, end = [], 0
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            before = text[: text.find(message["content"])]  # no template renders an empty conversation
+            if i > 0:
+                before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
             after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip()
             if not (text.startswith(after) and after.startswith(before)):
                 raise UsageError("cannot be split into turns: the chat template rewrites earlier turns")
             segments += [(text[end : len(before)], False), (text[len(before) : len(after)], True)]
             end = len(after)
-    return segments
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return [*segments, (text[end:], False)]
 
 
 def encode(row: dict, template: str, tokenizer, max_length: int, completion_only_loss: bool) -> dict:
@@ -142,22 +140,17 @@ def encode(row: dict, template: str, tokenizer, max_length: int, completion_only
         UsageError: the row has no answer, or does not suit the template.
     """
     segments = _segments(row, template, tokenizer)
-    special = {"add_special_tokens": template != "chat"}
-    ids = tokenizer("".join(text for text, _ in segments), **special)["input_ids"]
-    eos = tokenizer.eos_token_id
-    if template != "chat" and eos is not None and ids[-1] != eos:
-        ids = [*ids, eos]
-    labels = list(ids)
+    text = "".join(part for part, _ in segments)
+    encoded = tokenizer(text, add_special_tokens=template != "chat", return_offsets_mapping=completion_only_loss)
+    ids = labels = encoded["input_ids"]
     if completion_only_loss:
-        labels = [IGNORE] * len(ids)
-        text, start = "", 0
-        for k, (part, is_answer) in enumerate(segments):
-            text += part
-            last = k == len(segments) - 1
-            end = len(ids) if last else _common_prefix(tokenizer(text, **special)["input_ids"], ids)
-            if is_answer:
-                labels[start:end] = ids[start:end]
-            start = end
+        learn = np.repeat([is_answer for _, is_answer in segments], [len(part) for part, _ in segments])
+        spans = encoded["offset_mapping"]  # (start, end) in the text; special tokens that were added are (x, x)
+        labels = [token if learn[start:end].any() else IGNORE for token, (start, end) in zip(ids, spans)]
+    eos = tokenizer.eos_token_id
+    if template != "chat" and eos is not None:
+        written = ids[-1] == eos  # by a tokenizer that adds it itself
+        ids, labels = (ids, [*labels[:-1], eos]) if written else ([*ids, eos], [*labels, eos])
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
@@ -174,6 +167,8 @@ def encode_rows(
     Raises:
         UsageError: naming the row (counted from 0) that cannot be used, or when none is left.
     """
+    if completion_only_loss and not tokenizer.is_fast:
+        raise UsageError("--completion_only_loss needs a fast tokenizer (tokenizer.json); this model has a slow one.")
 
     def encode_one(row: dict, index: int) -> dict:
         try:

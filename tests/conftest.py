@@ -1,0 +1,117 @@
+"""A tiny Llama with a tokenizer of its own, word problems as rows, and train_ist.py as a function and as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("WANDB_RUN_ID", None)
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from accelerate.state import AcceleratorState, GradientState
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ist.data import arithmetic_rows
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hf_cache(tmp_path_factory):
+    """No test reads or fills the user's caches."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    datasets.disable_progress_bars()
+
+
+def tiny_config(n_layers: int = 4, **options) -> LlamaConfig:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(num_hidden_layers=n_layers, **{"vocab_size": 400, "initializer_range": 0.2, **shape, **options})
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    return arithmetic_rows(60, seed=1, held_out=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, rows) -> Path:
+    """A folder with a 4-layer random Llama and a BPE tokenizer trained on the rows."""
+    folder = tmp_path_factory.mktemp("tiny")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator([row["instruction"] + row["output"] for row in rows], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory, rows) -> Path:
+    file = tmp_path_factory.mktemp("data") / "train.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+@pytest.fixture
+def arguments(tiny, train_file, tmp_path):
+    """The command line of a short run in tmp_path/run, with overrides: arguments(max_steps=20) -> list of strings."""
+
+    def make(**overrides) -> list[str]:
+        values = {
+            **{"model_name_or_path": tiny, "train_file": train_file, "output_dir": tmp_path / "run"},
+            **{"report_to": "none", "warmup_steps": 2, "max_steps": 20, "update_interval": 4, "logging_steps": 1},
+            **{"lora_r": 4, "lora_alpha": 8, "learning_rate": 5e-3, "score_lr": 100},
+            **overrides,
+        }
+        return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
+
+    return make
+
+
+@pytest.fixture
+def train(arguments):
+    """Run train_ist.py's main in this process: train(max_steps=20) -> exit code."""
+    import train_ist
+
+    def run(**overrides) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return train_ist.main(arguments(**overrides))
+
+    return run
+
+
+@pytest.fixture
+def train_process(arguments):
+    """Run `python train_ist.py` as a process of its own."""
+
+    def run(**overrides) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "train_ist.py"), *arguments(**overrides)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+    return run
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,137 @@
+"""Suppression against PEFT's own outputs and against a per-module reference in float64 without hooks."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from ist.layers import LayerMap
+from ist.suppression import measuring, suppress
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+CONFIGS = {
+    "lora": LoraConfig(r=4, target_modules=TARGETS),
+    "oft": OFTConfig(oft_block_size=8, target_modules=TARGETS),  # its base layer sees a rotated input
+    "ia3": IA3Config(target_modules=[*TARGETS], feedforward_modules=["down_proj"]),  # and here a scaled one
+}
+
+
+def make(method: str = "lora", dtype=torch.float32):
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(tiny_config()).to(dtype), copy.deepcopy(CONFIGS[method])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # at initialisation adapters do nothing
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(1))
+    return model, LayerMap(model), ids
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+class Gated(nn.Module):
+    """The reference: base and adapted output of one module, side by side, mixed in float64."""
+
+    def __init__(self, tuner: BaseTunerLayer, gate: float) -> None:
+        super().__init__()
+        self.tuner, self.base, self.gate = tuner, copy.deepcopy(tuner.get_base_layer()), gate
+
+    def forward(self, x):
+        base, adapted = self.base(x).double(), self.tuner(x).double()
+        return (base + self.gate * (adapted - base)).to(x.dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", CONFIGS)
+def test_exact_against_peft_and_the_reference(method):
+    model, layers, ids = make(method, torch.float64)
+    adapted = model(ids).logits
+    with model.disable_adapter():
+        base = model(ids).logits
+    assert (adapted - base).abs().max() > 0.01
+    everything = layers.tuners_outside([])
+    assert len(everything) == 4 * len(TARGETS)
+    with suppress(everything, 1.0):
+        assert torch.equal(model(ids).logits, adapted)
+    with suppress(everything, 0.0):
+        torch.testing.assert_close(model(ids).logits, base, atol=1e-10, rtol=0)
+    with suppress(layers.tuners_outside([0, 2]), 0.25):
+        mixed = model(ids).logits
+    assert (mixed - adapted).abs().max() > 1e-3 < (mixed - base).abs().max()
+
+    reference = copy.deepcopy(model)
+    for name, module in list(reference.named_modules()):
+        if isinstance(module, BaseTunerLayer) and (".layers.1." in name or ".layers.3." in name):
+            parent, _, child = name.rpartition(".")
+            setattr(reference.get_submodule(parent), child, Gated(module, 0.25))
+    torch.testing.assert_close(mixed, reference(ids).logits, atol=1e-10, rtol=0)
+    assert torch.equal(model(ids).logits, adapted)
+
+
+@torch.no_grad()
+def test_exact_at_both_ends_in_bfloat16():
+    model, layers, ids = make(dtype=torch.bfloat16)
+    adapted = model(ids).logits
+    with model.disable_adapter():
+        base = model(ids).logits
+    assert not torch.equal(adapted, base)
+    with suppress(layers.tuners_outside([]), 1.0):
+        assert torch.equal(model(ids).logits, adapted)
+    with suppress(layers.tuners_outside([]), 0.0):
+        assert torch.equal(model(ids).logits, base)
+
+
+@torch.no_grad()
+def test_the_model_is_untouched_afterwards_also_by_an_exception():
+    model, layers, ids = make()
+    before = model(ids).logits
+    scaling = [dict(module.scaling) for module in layers.tuners_outside([])]
+    registered = hooks(model)
+
+    class Boom(Exception):
+        pass
+
+    def explode(*_):
+        raise Boom
+
+    bomb = model.get_submodule("base_model.model.model.layers.3.mlp").register_forward_pre_hook(explode)
+    with pytest.raises(Boom), suppress(layers.tuners_outside([1]), 0.25):
+        assert hooks(model) == registered + 1 + 3 * 3 * len(TARGETS)
+        model(ids)
+    bomb.remove()
+    assert hooks(model) == registered
+    assert torch.equal(model(ids).logits, before)
+    assert scaling == [dict(module.scaling) for module in layers.tuners_outside([])]
+
+
+def test_a_merged_adapter_is_refused():
+    model, layers, _ = make()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"), suppress(layers.tuners_outside([]), 0.25):
+        pass
+
+
+def test_measuring_turns_off_dropout_of_every_kind_and_nothing_else():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=TARGETS, init_lora_weights=False)
+    # Llama's attention dropout has no module: it goes by the attention's own training flag.
+    model = get_peft_model(LlamaForCausalLM(tiny_config(attention_dropout=0.5)), config).train()
+    ids = torch.randint(0, 400, (2, 9))
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    flags = {name: module.training for name, module in model.named_modules()}
+    with measuring(model):
+        first = model(ids).logits
+        assert torch.equal(first, model(ids).logits)
+        assert not first.requires_grad
+        still_training = [m for m in model.modules() if m.training]
+        assert any(isinstance(m, nn.Linear) for m in still_training)
+        assert not any(isinstance(m, nn.Dropout) for m in still_training)
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert torch.equal(first, model.eval()(ids).logits)

@@ -1,0 +1,435 @@
+"""train_ist.py as a whole: equal to plain PEFT, exact on resume, safe in a crash, and clear about bad input."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_lines, tiny_config
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from ist.config import UsageError
+from ist.data import GlobalBatches, encode
+from ist.sampler import seeded_generator
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(run: Path, other: Path) -> None:
+    one, two = adapter_of(run), adapter_of(other)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    clocks = ("step_seconds", "tokens_per_second", "peak_memory_bytes", "probe_seconds")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+
+
+def plain_peft_loop(tiny: Path, rows: list[dict], steps: int, dropout: float) -> tuple[dict, list[float]]:
+    """Plain LoRA, written without ist's loop: (adapter by name, loss of every step)."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    torch.manual_seed(42)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: t / 2 if t < 2 else max(0.0, (steps - t) / (steps - 2))
+    )
+    encoded = [encode(row, "alpaca", tokenizer, 256, False)["input_ids"] for row in rows]
+    stream = GlobalBatches(len(rows), 4, 42)
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(seeded_generator(42, step, 0, "dropout").initial_seed())
+        batch = [encoded[i] for i in stream.rows(step)]
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+        labels = ids.masked_fill(mask == 0, -100)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        total = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        loss = total / (labels[:, 1:] != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora" in n}, losses
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_layer_trained_is_plain_peft_bit_for_bit(train, tiny, rows, tmp_path, dropout):
+    expected, losses = plain_peft_loop(tiny, rows, 20, dropout)
+    arms = {
+        "all": {"selection": "all"},
+        "ist": {"selection": "ist", "trained_layers": "all", "suppression": 1},
+        "other": {"selection": "random"},
+    }
+    for name, options in arms.items():
+        assert train(output_dir=tmp_path / name, lora_dropout=dropout, **options) == 0
+        logged = [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")]
+        adapter = adapter_of(tmp_path / name)
+        assert adapter.keys() == expected.keys()
+        same = all(torch.equal(adapter[key], expected[key]) for key in expected)
+        assert same == (name != "other")  # the comparison can tell
+        assert (logged == losses) == (name != "other")
+
+
+def test_a_run_leaves_what_the_readme_says(train, tiny, tmp_path):
+    assert train(validation_size=8, eval_steps=10, save_steps=10, lora_dropout=0) == 0
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        *("adapter", "checkpoints", "metrics.jsonl", "importance.jsonl", "importance.png", "run.json")
+    }
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000010", "step_000020"}
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 10, 20]
+    keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "trained_layers", "step_seconds"}
+    assert keys | {"tokens_per_second", "peak_memory_bytes"} == set(lines[1])
+    assert all(len(line["trained_layers"]) == 1 for line in lines if "loss" in line)
+    updates = read_lines(run / "importance.jsonl")
+    assert [update["step"] for update in updates] == [4, 8, 12, 16]
+    scores = torch.zeros(4, dtype=torch.float64)
+    for update in updates:  # Eq. 9-10, from the record alone
+        likelihood = torch.exp(-torch.tensor(update["losses"], dtype=torch.float64))
+        rewards = likelihood - likelihood.mean()
+        assert rewards.tolist() == pytest.approx(update["rewards"])
+        for kept, reward in zip(update["candidates"], rewards, strict=True):
+            scores[kept] += 100 * reward
+        assert update["scores"] == pytest.approx(scores.tolist())
+        assert update["probabilities"] == pytest.approx(torch.sigmoid(scores).tolist())
+    assert scores.abs().max() > 1e-3
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["final_validation_loss"] == lines[-1]["validation_loss"]
+    assert record["final_train_loss"] == lines[-2]["loss"]
+    assert record["layers"] == [f"base_model.model.model.layers.{i}" for i in range(4)]
+    assert sum(record["trained_counts"]) == 20
+    # The adapter is stock PEFT's: it loads, it is the trained model (same validation loss), and it merges.
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), run / "adapter").eval()
+    ids = torch.randint(0, 400, (2, 9))
+    logits = model(ids).logits
+    assert (logits - AutoModelForCausalLM.from_pretrained(tiny)(ids).logits).abs().max() > 1e-3
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, logits, atol=1e-5, rtol=0)
+    checkpoint = load_file(run / "checkpoints/step_000020/adapter.safetensors")
+    for name, tensor in adapter_of(run).items():
+        assert torch.equal(checkpoint[name.replace(".weight", ".default.weight")], tensor)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stop", [8, 10])  # an update is due at 8; 10 falls between two updates
+def test_resume_is_exact(train, tmp_path, stop, accumulation):
+    options = {"gradient_accumulation_steps": accumulation, "lora_dropout": 0.1, "weight_decay": 0.01}
+    options |= {"validation_size": 6, "eval_steps": 5, "save_steps": stop, "per_device_train_batch_size": 2}
+    assert train(output_dir=tmp_path / "whole", **options) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "adapter")
+    for later in (tmp_path / "cut" / "checkpoints").iterdir():
+        if later.name > f"step_{stop:06d}":
+            shutil.rmtree(later)
+    record = json.loads((tmp_path / "cut/run.json").read_text())
+    (tmp_path / "cut/run.json").write_text(json.dumps({**record, "status": "running"}))
+    assert train(output_dir=tmp_path / "cut", resume_from_checkpoint="auto", **options) == 0
+    assert_same_adapter(tmp_path / "cut", tmp_path / "whole")
+    for name in ("metrics.jsonl", "importance.jsonl"):  # losses, learning rates, tokens, draws, scores
+        whole, cut = read_lines(tmp_path / "whole" / name), read_lines(tmp_path / "cut" / name)
+        assert without_times(cut) == without_times(whole)
+    assert json.loads((tmp_path / "cut/run.json").read_text())["resumed_from"].endswith(f"step_{stop:06d}")
+    # The uninterrupted twin differs when the state is lost: half a run with fresh moments is another run.
+    state = tmp_path / "cut/checkpoints" / f"step_{stop:06d}/optimizer.safetensors"
+    moments = load_file(state)
+    assert any(name.endswith("|exp_avg") for name in moments)
+    assert len({name.split("|")[0] for name in moments}) <= 40
+
+
+def test_signal_saves_and_resume_goes_on(arguments, train, tmp_path):
+    options = {"max_steps": 300, "logging_steps": 1, "lora_dropout": 0.1}
+    command = [sys.executable, str(ROOT / "train_ist.py"), *arguments(**options, output_dir=tmp_path / "cut")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics, deadline = tmp_path / "cut/metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 3, output
+    assert "stopped by SIGTERM" in output
+    record = json.loads((tmp_path / "cut/run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert 5 < record["steps"] < 300
+    with pytest.raises(UsageError, match=r"interrupted, not finished.*--resume_from_checkpoint auto"):
+        train(**options, output_dir=tmp_path / "cut")
+    assert train(**options, output_dir=tmp_path / "cut", resume_from_checkpoint="auto") == 0
+    assert train(**options, output_dir=tmp_path / "whole") == 0
+    assert_same_adapter(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_run_again(train, tmp_path, capsys):
+    assert train(max_steps=3) == 0
+    before = (tmp_path / "run/run.json").read_bytes()
+    capsys.readouterr()
+    assert train(max_steps=3) == 0
+    assert "finished; nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "run/run.json").read_bytes() == before
+    with pytest.raises(UsageError, match=r"another run's results: learning_rate \(0.005 there, 0.1 here\)"):
+        train(max_steps=3, learning_rate=0.1)
+
+
+def test_micro_batches_and_accumulation_are_the_same_step(train, tmp_path):
+    for name, micro, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
+        sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+        assert train(output_dir=tmp_path / name, max_steps=5, lora_dropout=0, **sizes) == 0
+    whole, parts = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    for one, two in zip(whole, parts, strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert one["trained_layers"] == two["trained_layers"]
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    assert whole[0]["loss"] == pytest.approx(parts[0]["loss"], abs=1e-6)
+
+
+def test_gradients_of_micro_batches_add_up(tiny, rows):
+    """The same on the gradient itself, rows of unequal length: the loss is a mean over the tokens of the batch."""
+    import train_ist
+    from ist.data import collate
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    encoded = [encode(row, "alpaca", tokenizer, 256, True) for row in rows[:4]]
+    lengths = [sum(label != -100 for label in row["labels"]) for row in encoded]
+    assert len(set(lengths)) > 1
+
+    def gradient(parts: list[list[dict]]) -> tuple[float, torch.Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForCausalLM(tiny_config()), LoraConfig(r=4, target_modules=TARGETS)).train()
+        loss = 0.0
+        for part in parts:
+            batch = collate([r["input_ids"] for r in part], [r["labels"] for r in part], 0)
+            micro = train_ist.token_loss_sum(model, batch, torch.device("cpu")) / sum(lengths)
+            micro.backward()
+            loss += micro.item()
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    (loss, whole), (loss_in_parts, in_parts) = gradient([encoded]), gradient([[row] for row in encoded])
+    assert loss == pytest.approx(loss_in_parts, abs=1e-6)
+    assert whole.norm() > 0.01
+    assert (whole - in_parts).norm() < 1e-6 * whole.norm()
+
+
+def test_best_adapter_by_validation(train, tmp_path):
+    # At this learning rate the validation loss rises again before the end.
+    options = {"validation_size": 8, "eval_steps": 2, "learning_rate": 3, "warmup_steps": 0, "max_steps": 16}
+    options["lr_scheduler_type"] = "constant"
+    assert train(**options, load_best_model_at_end=True, save_steps=16, save_total_limit=1) == 0
+    lines = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if "validation_loss" in line]
+    best = min(lines[1:], key=lambda line: line["validation_loss"])
+    assert best["step"] < 16
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["best"] == {"step": best["step"], "validation_loss": best["validation_loss"]}
+    saved = load_file(tmp_path / f"run/checkpoints/step_{best['step']:06d}/adapter.safetensors")
+    for name, tensor in adapter_of(tmp_path / "run").items():
+        assert torch.equal(saved[name.replace(".weight", ".default.weight")], tensor)
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2  # the newest and the best
+
+
+def test_nan_stops_the_run_and_names_the_last_good_checkpoint(train, tmp_path, capsys):
+    options = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0, "save_steps": 1, "selection": "all"}
+    assert train(**options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "loss" in error
+    assert "at step 2" in error
+    assert "step_000001" in error
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["status"] == "failed"
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000001"]
+    assert all(math.isfinite(line["loss"]) for line in read_lines(tmp_path / "run/metrics.jsonl"))
+
+
+KILLED_WHILE_SAVING = """
+import os, sys
+sys.path.insert(0, {root!r})
+import ist.checkpoint as checkpoint
+import train_ist
+real, calls = getattr({module}, {function!r}), []
+def deadly(*args, **kwargs):
+    if "step_000010" in str(args[{path_argument}]):
+        if {partial}:
+            open(args[1], "wb").write(b"half")
+        os.kill(os.getpid(), 9)
+    return real(*args, **kwargs)
+setattr({module}, {function!r}, deadly)
+train_ist.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "path_argument", "partial"),
+    [
+        ("checkpoint", "save_file", 1, True),
+        ("checkpoint", "write_json", 0, False),
+        ("checkpoint", "publish", 0, False),
+        ("os", "rename", 0, False),
+    ],
+)
+def test_killed_while_saving(arguments, train, tmp_path, module, function, path_argument, partial):
+    script = KILLED_WHILE_SAVING.format(
+        root=str(ROOT), module=module, function=function, path_argument=path_argument, partial=partial
+    )
+    options = {"save_steps": 5, "max_steps": 12}
+    killed = subprocess.run(
+        [sys.executable, "-c", script, *arguments(**options)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000005"]
+    assert train(**options, resume_from_checkpoint="auto") == 0
+    assert json.loads((run / "run.json").read_text())["resumed_from"].endswith("step_000005")
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert train(**options, output_dir=tmp_path / "whole") == 0
+    assert_same_adapter(run, tmp_path / "whole")
+
+
+def test_a_checkpoint_cut_short_is_passed_over(train, tmp_path, capsys):
+    assert train(save_steps=5, max_steps=11) == 0
+    run = tmp_path / "run"
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    file = run / "checkpoints/step_000010/optimizer.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+    with pytest.raises(UsageError, match="whole checkpoint"):
+        train(save_steps=5, max_steps=11, resume_from_checkpoint=run / "checkpoints/step_000010")
+    assert train(save_steps=5, max_steps=11, resume_from_checkpoint="auto") == 0
+    assert json.loads((run / "run.json").read_text())["resumed_from"].endswith("step_000005")
+
+
+def test_checkpoints_hold_no_pickles_and_are_small(train, tmp_path):
+    assert train(save_steps=20, selection="all", lora_r=16) == 0
+    folder = tmp_path / "run/checkpoints/step_000020"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors", ".safetensors"]
+    adapter_bytes = sum(4 * tensor.numel() for tensor in adapter_of(tmp_path / "run").values())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4 * adapter_bytes
+    import ist
+
+    for path in Path(ist.__file__).parent.glob("*.py"):
+        assert "pickle" not in path.read_text().replace("unpickling", "").replace("no pickles", "")
+        assert "torch.load" not in path.read_text()
+
+
+def test_bf16_gradient_checkpointing_and_chat_rows_train(train, tmp_path):
+    chat = [
+        {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"It is {i}."}]}
+        for i in range(12)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chat)))
+    options = {"train_file": tmp_path / "chat.jsonl", "prompt_template": "chat", "completion_only_loss": True}
+    assert train(**options, bf16=True, gradient_checkpointing=True, learning_rate=2e-2) == 0
+    losses = [line["loss"] for line in read_lines(tmp_path / "run/metrics.jsonl")]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_gradient_checkpointing_changes_nothing(train, tmp_path):
+    for name, on in (("plain", False), ("checkpointed", True)):
+        assert train(output_dir=tmp_path / name, gradient_checkpointing=on, lora_dropout=0.1, max_steps=8) == 0
+    assert_same_adapter(tmp_path / "plain", tmp_path / "checkpointed")
+
+
+def test_released_rule_trains_and_reports_importance(train, tmp_path):
+    assert train(score_rule="released") == 0
+    updates = read_lines(tmp_path / "run/importance.jsonl")
+    state = json.loads((tmp_path / "run/run.json").read_text())
+    assert state["status"] == "finished"
+    s = torch.zeros(4, dtype=torch.float64)
+    for update in updates:
+        p = torch.sigmoid(s)
+        move = torch.zeros(4, dtype=torch.float64)
+        for kept, reward in zip(update["candidates"], update["rewards"], strict=True):
+            for i in set(range(4)) - set(kept):
+                move[i] += 100 * reward * p[i] * (1 - p[i])
+        s += move
+        assert update["scores"] == pytest.approx((-s).tolist())
+
+
+BAD_INPUT = {
+    "unknown key": ({"trained_layer": 0.5}, "unknown key --trained_layer. Did you mean --trained_layers"),
+    "not a number": ({"max_steps": "many"}, "--max_steps must be of type int; got 'many'"),
+    "not a choice": ({"selection": "best"}, "--selection: invalid choice: 'best'"),
+    "count out of range": ({"trained_layers": 5}, "from 1 to 4.*got 5"),
+    "ambiguous count": ({"kept_layers": "1.0"}, "--kept_layers 1.0 is ambiguous"),
+    "max_length": ({"max_length": 0}, "--max_length must be 2 or more tokens; got 0"),
+    "no data": ({"train_file": None}, "--train_file FILE or --dataset_name"),
+    "missing file": ({"train_file": "nowhere.json"}, "--train_file nowhere.json: no such file"),
+    "missing recipe": ({"config": "nowhere.yaml"}, "--config nowhere.yaml: No such file"),
+    "not a model": ({"model_name_or_path": "tests"}, "--model_name_or_path tests cannot be used"),
+    "no layer list": ({"target_modules": "lm_head"}, "no layer list"),
+    "no such modules": ({"target_modules": "w_query"}, "--target_modules: .*w_query"),
+    "validation key": ({"eval_steps": 5}, "--eval_steps needs --validation_file"),
+    "validation size": ({"validation_size": 60}, "--validation_size must be less than the 60 rows"),
+    "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be none, auto or"),
+    "later": ({"load_in_4bit": True}, "--load_in_4bit is not available"),
+    "float16": ({"dtype": "float16"}, "--dtype: invalid choice: 'float16'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_clear_line(train, tmp_path, name):
+    options, message = BAD_INPUT[name]
+    with pytest.raises(UsageError, match=message) as error:
+        train(**options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_exits_with_2_and_one_line(train_process):
+    for options, message in (({"trained_layers": 5}, "got 5"), ({"suppression": 2}, "--suppression must be in [0, 1]")):
+        result = train_process(**options)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_of_another_configuration_names_the_keys(train, tmp_path):
+    assert train(max_steps=5, save_steps=5) == 0
+    checkpoint = tmp_path / "run/checkpoints/step_000005"
+    with pytest.raises(
+        UsageError, match=r"another configuration: lora_r \(4 there, 8 here\), seed \(42 there, 1 here\)"
+    ):
+        train(max_steps=5, output_dir=tmp_path / "new", resume_from_checkpoint=checkpoint, seed=1, lora_r=8)
+    with pytest.raises(UsageError, match=r"global_batch_size \(4 there, 2 here\)"):
+        train(max_steps=5, output_dir=tmp_path / "new", resume_from_checkpoint=checkpoint,
+              per_device_train_batch_size=2)  # fmt: skip
+
+
+def test_recipe_first_then_flags(train, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "learning_rate: 1e-3\nlora_r: 2\nlora_dropout: 0.0\nbf16: false\nlora_alpha: null\n"
+    )
+    assert train(config=tmp_path / "r.yaml", lora_r=3, learning_rate=None, max_steps=2, run_name=None) == 0
+    configuration = json.loads((tmp_path / "run/run.json").read_text())["configuration"]
+    assert configuration["learning_rate"] == 1e-3
+    assert configuration["lora_r"] == 3
+    assert configuration["lora_dropout"] == 0.0
+    assert configuration["run_name"] == "r"
+    (tmp_path / "r.yaml").write_text("learning_rates: 1e-3\n")
+    with pytest.raises(UsageError, match=r"unknown key --learning_rates\. Did you mean --learning_rate"):
+        train(config=tmp_path / "r.yaml")
+
+
+def test_run_id_and_seed_are_filled_in(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert train(max_steps=2, seed=7, output_dir=tmp_path / "{seed}-{run_id}") == 0
+    assert (tmp_path / "7-abc123/adapter/adapter_config.json").exists()
