@@ -287,6 +287,7 @@ def main(argv: Sequence[str]) -> int:
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=".",  # trackers ask for one now; RunRecord.start_trackers names the run's own
     )
     if accelerator.num_processes > 1:
         raise UsageError("training on several processes is not available in this version: launch one process.")

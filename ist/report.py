@@ -83,7 +83,7 @@ def require_tracker(report_to: str) -> None:
     if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
-        if not wandb.api.api_key:
+        if not wandb.login(prompt=False):
             raise UsageError(
                 "--report_to wandb (the default) finds no W&B login: run `wandb login`, or set WANDB_MODE=offline, "
                 "or pass --report_to none."
@@ -146,7 +146,7 @@ class RunRecord:
 
     def start_trackers(self, run_name: str) -> None:
         """Start the trackers the accelerator was made with; W&B takes its project from WANDB_PROJECT, else "ist"."""
-        self.accelerator.project_configuration.set_directories(str(self.output_dir))
+        self.accelerator.project_configuration.logging_dir = str(self.output_dir)
         scalars = {
             key: value if isinstance(value, (int, float, str)) else str(value)
             for key, value in self.summary["configuration"].items()

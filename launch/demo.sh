@@ -4,14 +4,14 @@
 #
 #   launch/demo.sh [--key value ...]      arguments go to train_ist.py, after launch/recipes/demo.yaml
 #
-# Leaves runs/demo/ (README.md says what is in it) and runs/demo.json. At most 15 minutes on two CPU cores, most of it
+# Leaves runs/demo/ (README.md says what is in it) and runs/demo.json; DEMO_DIR names another folder. At most 15 minutes on two CPU cores, most of it
 # the first time: run again, it goes on where it was stopped and does nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
 say() { printf '\n== %s\n' "$*"; }
-run=runs/demo
+run=${DEMO_DIR:-runs/demo}
 model=models/SmolLM2-135M-Instruct
 
 say "1/5 Environment and model"
@@ -24,13 +24,13 @@ dtype=float32
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 
 say "2/5 Word problems"
-if [ ! -f $run/data/test.json ]; then .venv/bin/python -m ist.data --output_dir $run/data; fi
+if [ ! -f "$run/data/test.json" ]; then .venv/bin/python -m ist.data --output_dir "$run/data"; fi
 
 evaluate() { # NAME [--adapter DIR]
   local name=$1
   shift
   if [ ! -f "$run/$name/summary.json" ]; then
-    .venv/bin/python -m ist.evaluate --model_name_or_path $model --dtype $dtype --test_file $run/data/test.json \
+    .venv/bin/python -m ist.evaluate --model_name_or_path $model --dtype $dtype --test_file "$run/data/test.json" \
       --num_beams 1 --max_new_tokens 48 --batch_size 32 --output_dir "$run/$name" "$@"
   fi
 }
@@ -39,12 +39,13 @@ evaluate before
 
 say "4/5 Fine-tuning with IST"
 .venv/bin/accelerate launch --config_file accelerate_configs/single.yaml train_ist.py \
-  --config launch/recipes/demo.yaml --dtype $dtype --resume_from_checkpoint auto "$@"
+  --config launch/recipes/demo.yaml --dtype $dtype --resume_from_checkpoint auto --output_dir "$run" \
+  --train_file "$run/data/train.json" --validation_file "$run/data/validation.json" "$@"
 
 say "5/5 Exact answers on held-out problems, after"
-evaluate after --adapter $run/adapter
+evaluate after --adapter "$run/adapter"
 
-.venv/bin/python - $run <<'PYTHON'
+.venv/bin/python - "$run" <<'PYTHON'
 import json
 import sys
 from pathlib import Path
@@ -64,8 +65,8 @@ demo = {
     "held_out_rows": after["rows"],
 }
 text = json.dumps(demo, indent=1) + "\n"
-(run / "demo.json").write_text(text)
-run.with_name("demo.json").write_text(text)
+for path in (run / "demo.json", run.with_name(run.name + ".json")):
+    path.write_text(text)
 print(f"""
 exact answers on {after['rows']} held-out problems   {demo['exact_before']:.1%} -> {demo['exact_after']:.1%}
 validation loss                       {losses[0]:.3f} -> {losses[-1]:.3f}
