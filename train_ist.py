@@ -28,17 +28,19 @@ warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|gradient
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, get_scheduler
 
 from ist import checkpoint as ckpt
 from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
 from ist.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
-from ist.distributed import reduce_sum
+from ist.distributed import all_finite, any_rank, full_tensor, reduce_gradients, reduce_sum
 from ist.layers import LayerMap, default_target_modules, drop_input_grad_hooks
 from ist.report import (
     METRICS,
@@ -49,6 +51,7 @@ from ist.report import (
     read_lines,
     require_free,
     require_tracker,
+    require_writable,
 )
 from ist.sampler import seeded_generator
 from ist.suppression import measuring
@@ -69,6 +72,11 @@ class ModelArguments:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Of the base weights; adapters are float32.")
     attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    load_in_4bit: bool = option(False, "Not available in this version.")
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit:
+            raise UsageError("--load_in_4bit is not available in this version.")
 
 
 @dataclass
@@ -93,7 +101,8 @@ class DataArguments:
         if self.validation_file and self.validation_size:
             raise UsageError("give --validation_file or --validation_size, not both.")
         size = self.validation_size
-        require(0 <= size < 1 or size == int(size), "validation_size", "a fraction below 1 or a number of rows", size)
+        whole = 0 <= size < math.inf and (size < 1 or size == int(size))
+        require(whole, "validation_size", "a fraction below 1 or a number of rows", size)
         require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
 
 
@@ -110,6 +119,8 @@ class AdapterArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.target_modules:
+            self.target_modules = [name for part in self.target_modules for name in part.split(",") if name]
         require(self.lora_r >= 1, "lora_r", "1 or more", self.lora_r)
         require(self.lora_alpha >= 1, "lora_alpha", "1 or more", self.lora_alpha)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
@@ -141,6 +152,8 @@ class TrainArguments:
             require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
             require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
+        if self.lr_scheduler_type == "polynomial":
+            require(self.learning_rate > 1e-7, "learning_rate", "above 1e-7, where polynomial ends", self.learning_rate)
         require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
 
 
@@ -166,15 +179,52 @@ class RunArguments:
             require(value is None or value >= 1, key, "1 or more", value)
 
 
-NOT_YET = ("load_in_4bit", "bottleneck_size", "peft_config")
+NOT_YET = ("bottleneck_size", "peft_config")
 
 
 def resolve_output_dir(args: Namespace, recipe: str | None) -> None:
+    if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
+        raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
     args.run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
     started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
     run_id = os.environ.get("WANDB_RUN_ID", started)
     template = args.output_dir or f"runs/{args.run_name}-{{run_id}}"
     args.output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
+
+
+def require_topology(accelerator: Accelerator) -> None:
+    """Refuse what per-step freezing cannot be served by, and FSDP that was asked for but is not on.
+
+    Raises:
+        UsageError: naming the config to use instead.
+    """
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP):
+        raise UsageError(
+            f"distributed_type {kind.value} cannot train a different set of layers at each step: launch with "
+            "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
+        )
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UsageError("fsdp_version 1 is not supported: launch with accelerate_configs/fsdp2.yaml.")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != DistributedType.FSDP:
+        raise UsageError(
+            f"FSDP was asked for, but Accelerate runs {kind.value} (it has no FSDP on {accelerator.device.type}): "
+            "launch with accelerate_configs/ddp.yaml, or on GPUs."
+        )
+
+
+def keep_global_batch(args: Namespace, round_size: int, batch_size: int) -> None:
+    """Set gradient_accumulation_steps so that a resumed run goes on with its global batches on these processes.
+
+    Raises:
+        UsageError: `round_size`, the rows of one micro-batch on all processes, does not divide `batch_size`.
+    """
+    if batch_size % round_size:
+        raise UsageError(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size} cannot make up the run's global batch "
+            f"of {batch_size} rows, {round_size} rows at a time. Choose another size or number of processes."
+        )
+    args.gradient_accumulation_steps = batch_size // round_size
 
 
 def require_consistent(args: Namespace) -> None:
@@ -190,21 +240,37 @@ def require_consistent(args: Namespace) -> None:
 # -------------------------------------------------------------------------------------------------- model and adapter
 
 
-def make_peft_config(args: Namespace, model: nn.Module) -> LoraConfig:
-    targets = args.target_modules or default_target_modules(model)
-    if not targets:
-        raise UsageError("--target_modules has no default for this architecture: name the modules to adapt.")
+def make_peft_config(args: Namespace) -> LoraConfig:
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
         task_type="CAUSAL_LM",
     )
 
 
-def plan_layers(args: Namespace) -> LayerMap:
-    """The layers that will carry adapters, from a skeleton without weights: what is wrong shows before loading them.
+def resolve_targets(args: Namespace, model: nn.Module) -> None:
+    """Set args.target_modules where it has its default, and see that each of them names something.
+
+    Raises:
+        UsageError: there is no default for this model, or a name fits no module.
+    """
+    args.target_modules = args.target_modules or default_target_modules(model)
+    if not args.target_modules:
+        raise UsageError("--target_modules has no default for this architecture: name the modules to adapt.")
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for target in args.target_modules:
+        if target != "all-linear" and not any(name.endswith(f".{target}") for name in names):
+            raise UsageError(f"--target_modules: the model has no module {target}.")
+    if "all-linear" in args.target_modules and len(args.target_modules) > 1:
+        raise UsageError("--target_modules all-linear stands alone.")
+
+
+def plan_layers(args: Namespace) -> tuple[LayerMap, PretrainedConfig, int]:
+    """(layers that will carry adapters, model config, rows of the embedding), from a skeleton without weights.
+
+    What is wrong with a model shows here, before its weights are loaded.
 
     Raises:
         UsageError: not a model, not a causal language model, no such target modules, no list of layers.
@@ -216,27 +282,53 @@ def plan_layers(args: Namespace) -> LayerMap:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, **options)
     except Exception as error:  # whatever transformers raises here, it is about the model that was named
+        if "trust_remote_code" in str(error):
+            raise UsageError(f"{name} comes with code of its own; --trust_remote_code true runs it.") from error
         raise UsageError(f"{name} cannot be used: {brief(error)}") from error
+    folder = Path(args.model_name_or_path)
+    if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+        raise UsageError(f"{name} holds no weights (no .safetensors or .bin file).")
     if args.dtype == "auto" and config.dtype == torch.float16:
         raise UsageError(f"{name} has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
-    peft_config = make_peft_config(args, skeleton)
+    vocabulary = skeleton.get_input_embeddings().num_embeddings
+    resolve_targets(args, skeleton)
     try:
-        return LayerMap(get_peft_model(skeleton, peft_config, low_cpu_mem_usage=True))
+        layers = LayerMap(get_peft_model(skeleton, make_peft_config(args), low_cpu_mem_usage=True))
     except ValueError as error:
         raise UsageError(f"--target_modules: {brief(error)}") from error
+    return layers, config, vocabulary
+
+
+def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> None:
+    """Stop now, not with an index error in mid-run, when the model cannot take the rows."""
+    rows = data.rows["input_ids"]
+    if (token := max(map(max, rows))) >= vocabulary:
+        raise UsageError(
+            f"the tokenizer gives token {token}, the model's embedding has {vocabulary}: they do not belong."
+        )
+    longest, positions = max(map(len, rows)), getattr(config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise UsageError(
+            f"--max_length leaves rows of {longest} tokens, the model has {positions} positions. Lower it."
+        )
 
 
 def load_model(args: Namespace) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {brief(error)}") from error
+    if any(parameter.dtype == torch.float16 for parameter in base.parameters()):
+        raise UsageError("the model has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_seed(args.seed)
-    model = get_peft_model(base, make_peft_config(args, base))
+    model = get_peft_model(base, make_peft_config(args))
     drop_input_grad_hooks(model)
     return model.train()
 
@@ -289,26 +381,29 @@ def main(argv: Sequence[str]) -> int:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=".",  # trackers ask for one now; RunRecord.start_trackers names the run's own
     )
-    if accelerator.num_processes > 1:
-        raise UsageError("training on several processes is not available in this version: launch one process.")
-    if accelerator.device.type == "cpu" and torch.get_num_threads() < (os.cpu_count() or 1):
-        accelerator.print(f"Using {torch.get_num_threads()} of {os.cpu_count()} CPU cores; OMP_NUM_THREADS sets it.")
+    accelerator.gradient_accumulation_steps = 1  # accumulation is ours: it knows the tokens of the whole batch
+    require_topology(accelerator)
 
-    # Run folder: this run's own, or free.
+    # Layers, from the model's configuration; then the run folder: this run's own, or free.
+    layers, model_config, vocabulary = plan_layers(args)
+    counts = ist_config.counts(layers.n_layers)
     resolve_output_dir(args, recipe)
     output_dir = Path(args.output_dir)
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    checkpoint = ckpt.find_checkpoint(output_dir, args.resume_from_checkpoint)
+    round_size = args.per_device_train_batch_size * accelerator.num_processes
+    if checkpoint:
+        keep_global_batch(args, round_size, checkpoint[1]["configuration"]["global_batch_size"])
+    batch_size = round_size * args.gradient_accumulation_steps
+    args.probe_batch_size = args.probe_batch_size or (16 if args.score_rule == "released" else batch_size)
     configuration = {**vars(args), "global_batch_size": batch_size}
     if require_free(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
         return 0
-    checkpoint = ckpt.find_checkpoint(output_dir, args.resume_from_checkpoint)
 
-    # Layers and data, before any weight is loaded.
-    layers = plan_layers(args)
-    counts = ist_config.counts(layers.n_layers)
+    # Data, before any weight is loaded.
     with accelerator.main_process_first():
         data = prepare_data(args)
+    require_fitting(data, model_config, vocabulary)
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
@@ -316,7 +411,9 @@ def main(argv: Sequence[str]) -> int:
     if max_steps == -1:
         max_steps = math.ceil(args.num_train_epochs * len(data.rows) / batch_size)
 
-    # From here on the run has a record, whatever becomes of it.
+    # From here on the run has a record, whatever becomes of it; no rank may still be looking whether there is one.
+    require_writable(output_dir)
+    accelerator.wait_for_everyone()
     record = RunRecord(
         output_dir,
         accelerator,
@@ -362,8 +459,15 @@ def train(
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    else:  # in evaluation mode Accelerate leaves out DistributedDataParallel: reduce_gradients stands in for it
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizer = accelerator.prepare_optimizer(optimizer)
     peft_model = accelerator.unwrap_model(model)
+    if sharded and not all(isinstance(parameter, DTensor) for parameter in peft_model.parameters()):
+        raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
     parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer.optimizer, warmup, max_steps)
@@ -376,9 +480,8 @@ def train(
             total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
         return total
 
-    probe_size = ist_config.probe_batch_size or (16 if ist_config.score_rule == "released" else batch_size)
     tuner = SparseTuner(
-        peft_model, ist_config, lambda step: loss_over(rows, probe_rows(len(rows), probe_size, seed, step))
+        peft_model, ist_config, lambda step: loss_over(rows, probe_rows(len(rows), args.probe_batch_size, seed, step))
     )
 
     # Resume.
@@ -400,6 +503,7 @@ def train(
         for later in (step for step in ckpt.checkpoint_steps(output_dir) if step > finished):
             ckpt.discard(checkpoints / ckpt.step_name(later), output_dir)
     record.rewind(finished)
+    accelerator.wait_for_everyone()
     record.start_trackers(args.run_name)
 
     n_layers, n_trained, _ = tuner.sampler.counts
@@ -410,6 +514,8 @@ def train(
         f"{len(data.validation or ())} validation rows; steps {finished} to {max_steps} of {batch_size} rows\n"
         f"run folder: {output_dir}"
     )
+    if device.type == "cpu" and torch.get_num_threads() * world_size < (os.cpu_count() or 1):
+        accelerator.print(f"using {torch.get_num_threads()} of {os.cpu_count()} CPU cores; OMP_NUM_THREADS sets it")
     if tuner.layers.outside:
         accelerator.print(f"In no layer, so trained at every step: {', '.join(tuner.layers.outside)}")
     if warmup >= max_steps:
@@ -419,24 +525,40 @@ def train(
     progress = tqdm(total=max_steps, initial=finished, unit="step", disable=quiet)
     say = accelerator.print if quiet else progress.write
 
+    if sharded:
+        # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
+        with measuring(peft_model):
+            loss_over(rows, [0])
+
+    def last_good_checkpoint() -> str:
+        steps = ckpt.checkpoint_steps(output_dir)
+        return f"last good checkpoint: {checkpoints / ckpt.step_name(max(steps)) if steps else 'none'}"
+
+    def require_finite_adapter() -> None:
+        if not all_finite(parameters.values(), device):
+            raise FloatingPointError(f"the adapter is not finite after step {finished}; {last_good_checkpoint()}")
+
     def validate() -> float:
         with measuring(peft_model):
             loss_sum, count = reduce_sum(loss_over(data.validation, range(len(data.validation))))
         loss = (loss_sum / count).item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss {loss} at step {finished}; {last_good_checkpoint()}")
         record.validation({"step": finished, "epoch": finished * batch_size / len(rows), "validation_loss": loss})
         say(f"step {finished}/{max_steps}  validation loss {loss:.4f}")
         return loss
 
-    def require_finite() -> None:
+    def settle() -> None:
+        """Make the step's loss and gradient norm numbers, the same on every rank; waits for the device."""
+        nonlocal loss, grad_norm
+        if isinstance(loss, Tensor):
+            loss, grad_norm = reduce_sum(loss.double()).item(), full_tensor(grad_norm).item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            steps = ckpt.checkpoint_steps(output_dir)
-            good = checkpoints / ckpt.step_name(max(steps)) if steps else "none"
-            raise FloatingPointError(
-                f"loss {float(loss)}, grad_norm {float(grad_norm)} at step {finished}; last good checkpoint: {good}"
-            )
+            raise FloatingPointError(f"loss {loss}, grad_norm {grad_norm} at step {finished}; {last_good_checkpoint()}")
 
     def save() -> None:
-        require_finite()
+        settle()
+        require_finite_adapter()
         state = {
             "configuration": record.summary["configuration"],
             "scheduler": scheduler.state_dict(),
@@ -460,12 +582,13 @@ def train(
     run_seconds = window_seconds = 0.0
     window_steps = window_tokens = 0
     saved = finished
-    while finished < max_steps and not stop.signal:
+    while finished < max_steps and not any_rank(stop.signal is not None, device):
         start = time.perf_counter()
         step = finished
         update = tuner.begin_step(step)
         if update:
-            record.importance(update, tuner.trained_counts, tuner.probe_seconds / max(run_seconds, 1e-9))
+            elapsed = run_seconds + time.perf_counter() - start
+            record.importance(update, tuner.trained_counts, tuner.probe_seconds / elapsed)
         torch.manual_seed(seeded_generator(seed, step, rank, "dropout").initial_seed())
 
         # Every rank knows the whole global batch, so it can divide by the batch's predicted tokens without asking.
@@ -476,8 +599,10 @@ def train(
         for i, batch in enumerate(batches):
             with accelerator.no_sync(model) if i < len(batches) - 1 else nullcontext():
                 micro_loss = token_loss_sum(model, batch, device) / divisor
-                accelerator.backward(micro_loss * world_size)  # DDP and FSDP average over ranks; the sum is wanted
+                accelerator.backward(micro_loss * (world_size if sharded else 1))  # FSDP takes the mean over ranks
             loss += micro_loss.detach()
+        if not sharded:
+            reduce_gradients(tuner.trained_parameters())
         grad_norm = accelerator.clip_grad_norm_(tuner.trained_parameters(), args.max_grad_norm or math.inf)
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
@@ -491,11 +616,11 @@ def train(
         tokens += sum(lengths[i] for i in indices)
         logged = finished % args.logging_steps == 0 or finished == max_steps
         if logged:
-            loss, grad_norm = float(loss), float(grad_norm)  # waits for the device, so the clock below is right
+            settle()
         window_seconds += time.perf_counter() - start
         run_seconds += time.perf_counter() - start
+        record.summary.update(steps=finished, trained_counts=tuner.trained_counts)
         if logged:
-            require_finite()
             step_seconds = window_seconds / window_steps
             record.metrics(
                 {
@@ -526,18 +651,23 @@ def train(
     progress.close()
 
     facts = {"steps": finished, "trained_counts": tuner.trained_counts, "best": best}
+    require_finite_adapter()
     if finished < max_steps:
         if saved != finished:
             save()
         record.close("interrupted", **facts)
-        say(f"stopped by {stop.signal.name} after step {finished}; go on with --resume_from_checkpoint auto")
+        by = stop.signal.name if stop.signal else "a signal to another rank"
+        say(
+            f"stopped by {by} after step {finished}; go on with --output_dir {output_dir} --resume_from_checkpoint auto"
+        )
         return 3
     if best:
+        accelerator.wait_for_everyone()  # until the main process has written it
         ckpt.load_adapter(checkpoints / ckpt.step_name(best["step"]), parameters)
-    if accelerator.is_main_process:
-        ckpt.save_adapter(peft_model, args, record.summary)
+    ckpt.save_adapter(peft_model, parameters, args, record.summary, accelerator.is_main_process)
     losses = [line["loss"] for line in read_lines(output_dir / METRICS) if "loss" in line]
-    record.close("finished", **facts, final_train_loss=losses[-1], final_validation_loss=validation_loss)
+    final = {"final_train_loss": losses[-1] if losses else None, "final_validation_loss": validation_loss}
+    record.close("finished", **facts, **final)
     say(f"finished {max_steps} steps; the adapter is in {output_dir / 'adapter'}")
     return 0
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ist.config import UsageError
-from ist.distributed import full_tensor
+from ist.distributed import full_tensor, like
 
 STATE = "checkpoint.json"
 
@@ -28,7 +28,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
+        json.dump(value, file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -173,7 +173,7 @@ def load_adapter(path: Path, parameters: dict[str, nn.Parameter]) -> None:
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: {name} differs.")
         with torch.no_grad():
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
 
 
 def load_optimizer(
@@ -183,7 +183,8 @@ def load_optimizer(
     states: dict[str, dict] = {name: dict(values) for name, values in numbers.items()}
     for key, tensor in _load(path / "optimizer.safetensors").items():
         name, _, entry = key.rpartition("|")
-        states.setdefault(name, {})[entry] = tensor
+        sharded = entry != "step" and tensor.shape == parameters[name].shape
+        states.setdefault(name, {})[entry] = like(tensor, parameters[name]) if sharded else tensor
     names = {parameter: name for name, parameter in parameters.items()}
     whole = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -215,11 +216,16 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 """
 
 
-def save_adapter(model: PeftModel, args: Namespace, summary: dict) -> None:
-    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there."""
+def save_adapter(
+    model: PeftModel, parameters: dict[str, nn.Parameter], args: Namespace, summary: dict, write: bool
+) -> None:
+    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it."""
     output_dir = Path(args.output_dir)
     temporary = output_dir / ".saving-adapter"
-    model.save_pretrained(temporary)
+    whole = {name: full_tensor(parameter).detach().cpu() for name, parameter in parameters.items()}
+    if not write:
+        return
+    model.save_pretrained(temporary, state_dict=whole)
     card = MODEL_CARD.format(
         base=args.model_name_or_path,
         method=args.peft_method,

@@ -122,7 +122,7 @@ class ISTConfig:
         require(0 <= self.score_lr < float("inf"), "score_lr", "a finite number, 0 or more", self.score_lr)
         if self.probe_batch_size is not None:
             require(self.probe_batch_size >= 1, "probe_batch_size", "1 or more", self.probe_batch_size)
-        require(0 <= self.seed < 2**63, "seed", "an integer from 0 to 2^63 - 1", self.seed)
+        require(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2^32 - 1", self.seed)
 
     def counts(self, n_layers: int) -> LayerCounts:
         """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8). The released rule floors fractions."""
@@ -193,7 +193,7 @@ def parse_arguments(
             key = flag[2:].split("=")[0].replace("-", "_")
             if key in unavailable:
                 raise UsageError(f"--{key} is not available in this version.")
-            if key.removeprefix("no_") not in [*known, "help"]:
+            if key not in [*known, "help", "config"]:
                 close = difflib.get_close_matches(key, known, n=1)
                 raise UsageError(
                     f"unknown key --{key}." + (f" Did you mean --{close[0]}?" if close else " See --help.")

@@ -4,7 +4,9 @@
 """
 
 import json
+import logging
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,10 +66,19 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
             raise UsageError(f"--{key} must end in .json, .jsonl or .parquet; got {file}.")
         if not Path(file).is_file():
             raise UsageError(f"--{key} {file}: no such file.")
-        if Path(file).stat().st_size == 0:
+        with open(file, "rb") as stream:
+            start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not start:
             raise UsageError(f"--{key} {file} is empty.")
+        if kinds[Path(file).suffix] == "json" and start[:1] not in (b"[", b"{"):
+            raise UsageError(
+                f"--{key} {file} is not valid {Path(file).suffix[1:].upper()}: it starts with {start[:20]}."
+            )
     if len({kinds[Path(file).suffix] for file in files}) > 1:
         raise UsageError(f"--{key} must not mix JSON and Parquet; got {source}.")
+    logger = logging.getLogger("datasets")  # what it logs of a bad file, the error below says in one line
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         if dataset_name:
             rows = datasets.load_dataset(dataset_name, split="train")
@@ -77,7 +88,9 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
         while error.__cause__ is not None:
             error = error.__cause__
         kind = "cannot be loaded" if dataset_name else f"is not valid {Path(files[0]).suffix[1:].upper()}"
-        raise UsageError(f"--{key} {source} {kind} ({' '.join(str(error).split())[:200]}).") from error
+        raise UsageError(f"--{key} {source} {kind} ({brief(error)}).") from error
+    finally:
+        logger.setLevel(level)
     if len(rows) == 0:
         raise UsageError(f"--{key} {source} holds no rows.")
     columns = set(rows.column_names)
@@ -89,40 +102,67 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
     return rows
 
 
+def _text(row: dict, column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, (str, int, float)):
+        raise UsageError(f"has a {type(value).__name__} in {column}, where text is wanted")
+    return str(value)
+
+
+def _user_turn(row: dict) -> dict:
+    instruction, extra = _text(row, "instruction"), _text(row, "input")
+    return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
+
+
+def _render(tokenizer, messages: list[dict], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # templates raise what they like: no system turn, turns that do not alternate
+        raise UsageError(f"does not suit the model's chat template: {brief(error)}") from error
+
+
 def make_prompt(row: dict, template: str, tokenizer) -> str:
     """The text before the answer of an instruction row, as the model sees it in training and in generation."""
-    instruction, extra = str(row["instruction"]), str(row.get("input") or "")
     if template == "chat":
-        user = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
-        return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        return _render(tokenizer, [_user_turn(row)], add_generation_prompt=True)
+    instruction, extra = _text(row, "instruction"), _text(row, "input")
     return TEMPLATES[template][bool(extra)].format(instruction=instruction, input=extra)
 
 
 def _segments(row: dict, template: str, tokenizer) -> list[tuple[str, bool]]:
     """A row as [(text, whether the model is to learn it)]: prompt and answer, or every turn of a chat."""
     if row.get("messages") is None:
-        answer = "" if row["output"] is None else str(row["output"])
+        answer = _text(row, "output")
         if not answer.strip():
             raise UsageError("has no answer: output is empty")
+        if not _text(row, "instruction").strip() and template != "none":
+            raise UsageError("has no instruction")
         if template != "chat":
             return [(make_prompt(row, template, tokenizer), False), (answer, True)]
-        user = str(row["instruction"]) + (f"\n\n{row['input']}" if row.get("input") else "")
-        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        messages = [_user_turn(row), {"role": "assistant", "content": answer}]
     else:
         messages = row["messages"]
-        if not any(m["role"] == "assistant" and (m["content"] or "").strip() for m in messages):
+        if not isinstance(messages, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in messages
+        ):
+            raise UsageError('must hold messages as a list of {"role": text, "content": text}')
+        if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
             raise UsageError("has no answer: no assistant turn with content")
         if template != "chat":
             raise UsageError(f"holds messages, which need --prompt_template chat; got {template}")
     # Where each turn stands in the whole text: by rendering the conversation up to it.
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = _render(tokenizer, messages)
     segments, end = [], 0
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = text[: text.find(message["content"])]  # no template renders an empty conversation
-            if i > 0:
-                before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip()
+    for i, turn in enumerate(messages):
+        if turn["role"] == "assistant":
+            if i == 0:  # no template renders an empty conversation
+                before = text[: text.find(turn["content"].strip())]
+            else:
+                before = _render(tokenizer, messages[:i], add_generation_prompt=True)
+            after = _render(tokenizer, messages[: i + 1]).rstrip()
             if not (text.startswith(after) and after.startswith(before)):
                 raise UsageError("cannot be split into turns: the chat template rewrites earlier turns")
             segments += [(text[end : len(before)], False), (text[len(before) : len(after)], True)]
@@ -178,7 +218,8 @@ def encode_rows(
 
     # datasets fingerprints a function by its name, not by what it and its helpers do: name everything that matters.
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    settings = (template, tokenizer.chat_template, max_length, completion_only_loss, Path(__file__).read_text())
+    specials = (tokenizer.special_tokens_map, tokenizer.eos_token_id, tokenizer.chat_template)
+    settings = (template, specials, max_length, completion_only_loss, Path(__file__).read_text())
     encoded = rows.map(
         encode_one,
         with_indices=True,
@@ -213,6 +254,8 @@ def prepare_data(args: Namespace) -> Data:
     if args.prompt_template == "chat" and not tokenizer.chat_template:
         raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
     key = "train_file" if args.train_file else "dataset_name"
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     rows, validation = load_rows(key, args.train_file or (), args.dataset_name), None
     if args.validation_file:
         validation = load_rows("validation_file", args.validation_file)

@@ -1,7 +1,11 @@
 """Everything that ranks must agree on. With one process each function is the identity, so there is one code path."""
 
+from collections.abc import Iterable, Sequence
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def _active() -> bool:
@@ -32,6 +36,46 @@ def require_agreement(what: str, digest: str) -> None:
         raise RuntimeError(f"ranks disagree on {what} ({listing}). Stopped before anything was trained on it.")
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank, the same answer on every rank."""
+    if not _active():
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def all_finite(parameters: Iterable[Tensor], device: torch.device) -> bool:
+    """Whether no entry of the parameters, sharded or whole, is infinite or NaN on any rank."""
+    shards = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+    return not any_rank(not all(shard.isfinite().all() for shard in shards), device)
+
+
+def reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Sum the gradients of replicated `parameters` over ranks, in one collective a dtype; none travels for the others.
+
+    DistributedDataParallel would send every adapter's bucket at each step, resting layers as zeros.
+    """
+    if not _active():
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # an expert that no token of this rank went to
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in dict.fromkeys(parameter.grad.dtype for parameter in parameters):
+        gradients = [parameter.grad for parameter in parameters if parameter.grad.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded (DTensor) tensor gathered whole on every rank; any other tensor as it is. All ranks must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """`whole` sharded, and placed, as `tensor` is."""
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
+    return whole.to(tensor.device)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     args, _ = parse_arguments([EvaluateArguments], argv, __doc__.split("\n")[0])
     rows = load_rows("test_file", [args.test_file])
     try:
-        gold = [float(row["answer"].replace(",", "")) for row in rows]
+        gold = [float(str(row["answer"]).replace(",", "")) for row in rows]
     except (KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"--test_file {args.test_file} needs a column answer with a number in every row.") from error
     try:
@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
         tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
+    if args.prompt_template == "chat" and not tokenizer.chat_template:
+        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
 
     prompts = [make_prompt(row, args.prompt_template, tokenizer) for row in rows]
     output_dir = Path(args.output_dir)

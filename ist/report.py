@@ -3,6 +3,7 @@
 `python -m ist.report RUN_DIR` draws RUN_DIR/importance.png again from the files.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ist.checkpoint import checkpoint_steps, write_json
-from ist.config import UsageError, run_command
+from ist.config import UsageError, brief, run_command
 
 METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
 
@@ -46,20 +47,25 @@ def read_lines(path: Path) -> list[dict]:
 def read_run(output_dir: Path) -> dict | None:
     """run.json of a run, or None where there is none."""
     path = output_dir / RUN
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}); repair or remove it.") from error
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What run.json says of where a run ran: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(git, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu"
     libraries = (torch, accelerate, transformers, peft)
     return {
         "versions": {"python": platform.python_version(), **{lib.__name__: lib.__version__ for lib in libraries}},
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "hardware": {"device": device, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "world_size": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
@@ -83,9 +89,13 @@ def require_tracker(report_to: str) -> None:
     if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
-        if not wandb.login(prompt=False):
+        try:
+            reason = "" if wandb.login(prompt=False) else "finds no W&B login"
+        except Exception as error:  # a wrong key, a service out of reach
+            reason = f"cannot start ({brief(error)})"
+        if reason:
             raise UsageError(
-                "--report_to wandb (the default) finds no W&B login: run `wandb login`, or set WANDB_MODE=offline, "
+                f"--report_to wandb (the default) {reason}: run `wandb login`, or set WANDB_MODE=offline, "
                 "or pass --report_to none."
             )
 
@@ -103,6 +113,20 @@ def differing_keys(there: dict, here: dict) -> str:
     return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key])
 
 
+def require_writable(output_dir: Path) -> None:
+    """Make the run folder if it is not there; stop now when nothing can be written to it.
+
+    Raises:
+        UsageError: it is a file, or cannot be made or written.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
+
+
 def require_free(output_dir: Path, configuration: dict, resume: bool) -> bool:
     """Whether the run in `output_dir` is this one and finished.
 
@@ -113,8 +137,12 @@ def require_free(output_dir: Path, configuration: dict, resume: bool) -> bool:
     holds_results = (
         read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or (output_dir / "adapter").exists()
     )
-    if run is None or not holds_results:
+    if not holds_results:
         return False
+    if run is None:
+        raise UsageError(
+            f"--output_dir {output_dir} holds results but no {RUN} that says of what. Choose another folder."
+        )
     if differing := differing_keys(run["configuration"], configuration):
         raise UsageError(f"--output_dir {output_dir} holds another run's results: {differing}. Choose another folder.")
     if run["status"] != "finished" and not resume:
@@ -138,10 +166,12 @@ class RunRecord:
         self.output_dir = output_dir
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
-        self.summary = {"status": "running", "start": _now(), "end": None, **facts, "configuration": configuration}
+        earlier = read_run(output_dir) if facts.get("resumed_from") else None
+        start = earlier["start"] if earlier else _now()
+        self.summary = {"status": "running", "start": start, "end": None, **facts, "configuration": configuration}
         self._scores: list[list[float]] = []
         if self.main:
-            output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(output_dir)
             write_json(output_dir / RUN, self.summary)
 
     def start_trackers(self, run_name: str) -> None:
@@ -169,17 +199,14 @@ class RunRecord:
             temporary.replace(self.output_dir / name)
         self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
 
-    def update(self, **facts: Any) -> None:
-        """Set entries of run.json."""
-        self.summary.update(facts)
-        if self.main:
-            write_json(self.output_dir / RUN, self.summary)
-
     def close(self, status: str, **facts: Any) -> None:
         """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture."""
-        self.update(status=status, end=_now(), **facts)
-        if self.main and (self.output_dir / METRICS).exists():
-            draw_importance(self.output_dir)
+        self.summary.update(status=status, end=_now(), **facts)
+        if self.main:
+            write_json(self.output_dir / RUN, self.summary)
+            if (self.output_dir / METRICS).exists():
+                draw_importance(self.output_dir)
+            os.close(self._lock)
 
     def metrics(self, line: dict) -> None:
         """A logged training step."""
@@ -203,8 +230,8 @@ class RunRecord:
         self.accelerator.log(values, step=step)
         if self.main:
             self._scores.append(line["scores"])
-            image = _heat_map(self._scores)
             for tracker in self.accelerator.trackers:
+                image = _heat_map(self._scores)
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"importance/heat_map": image[None]}, step=step, **layout)
 
@@ -212,6 +239,22 @@ class RunRecord:
         if self.main:
             with open(self.output_dir / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for this process until it ends: a launcher that was killed may have left the last one running.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"--output_dir {folder} is being written by another process that is still running.") from error
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _now() -> str:

@@ -89,14 +89,19 @@ def arguments(tiny, train_file, tmp_path):
     return make
 
 
+def reset_accelerate() -> None:
+    """Accelerate keeps its state in singletons: a second run in one process starts from none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture
 def train(arguments):
     """Run train_ist.py's main in this process: train(max_steps=20) -> exit code."""
     import train_ist
 
     def run(**overrides) -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         return train_ist.main(arguments(**overrides))
 
     return run

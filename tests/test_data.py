@@ -103,6 +103,28 @@ def test_eos_only_where_it_fits_and_cut_answers_are_dropped(tokenizer):
         encode_rows(Dataset.from_list([long]), "train_file", "alpaca", tokenizer, 20, True)
 
 
+def test_a_row_that_holds_no_text_is_refused(tokenizer):
+    with pytest.raises(UsageError, match="row 0 has a list in output"):
+        encode_rows(Dataset.from_list([{**ROW, "output": ["a"]}]), "train_file", "alpaca", tokenizer, 99, True)
+
+
+def test_a_chat_template_that_refuses_the_row_names_it(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UsageError, match=r"row 0 does not suit the model's chat template: roles must alternate"):
+        encode_rows(Dataset.from_list([ROW]), "train_file", "chat", tokenizer, 99, True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+
+
+def test_tokenised_rows_are_not_kept_for_another_tokenizer(tokenizer):
+    rows, arguments = Dataset.from_list([ROW]), ("train_file", "alpaca")
+    first = encode_rows(rows, *arguments, tokenizer, 256, False)[0]["input_ids"][0]
+    tokenizer.eos_token = "<s>"
+    second = encode_rows(rows, *arguments, tokenizer, 256, False)[0]["input_ids"][0]
+    tokenizer.eos_token = "</s>"
+    assert first[:-1] == second[:-1]
+    assert first[-1] != second[-1] == 1
+
+
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
     messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
@@ -135,6 +157,7 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
         ("rows.csv", "a,b", r"must end in \.json, \.jsonl or \.parquet"),
         ("broken.json", '[{"instruction": "a", ', "is not valid JSON"),
         ("prose.jsonl", "Once upon a time", "is not valid JSONL"),
+        ("null.json", "null", "is not valid JSON"),
         ("none.json", "[]", "holds no rows|is not valid JSON"),
         ("columns.json", '[{"question": "a", "answer": "b"}]', "needs the columns instruction and output.*question"),
     ],
@@ -154,6 +177,9 @@ def test_files_that_cannot_be_used(tmp_path, name, text, message):
         ({**ROW, "output": None}, "alpaca", "row 1 has no answer"),
         ({"messages": [{"role": "user", "content": "a"}]}, "chat", "row 1 has no answer"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "alpaca", "--prompt_template chat"),
+        ({**ROW, "instruction": None}, "alpaca", "row 1 has no instruction"),
+        ({"messages": [{"from": "human", "value": "a"}]}, "chat", "row 1 must hold messages as a list of"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "chat", "row 1 must hold messages as a list of"),
     ],
 )
 def test_rows_that_cannot_be_used(tokenizer, row, template, message):

@@ -29,7 +29,9 @@ def test_offline_wandb_holds_every_number(arguments, tmp_path, monkeypatch):
     update = read_lines(tmp_path / "run/importance.jsonl")[-1]
     for i in range(4):
         assert summary[f"importance/score/layer_0{i}"] == pytest.approx(update["scores"][i])
-    assert sum(summary[f"importance/trained_steps/layer_0{i}"] for i in range(4)) == 9  # 8 steps before the update, and the one it precedes
+    assert (
+        sum(summary[f"importance/trained_steps/layer_0{i}"] for i in range(4)) == 9
+    )  # 8 steps before the update, and the one it precedes
     for j in range(3):
         assert summary[f"probe/loss_{j}"] == pytest.approx(update["losses"][j])
         assert summary[f"probe/reward_{j}"] == pytest.approx(update["rewards"][j])

@@ -1,5 +1,6 @@
 """train_ist.py as a whole: equal to plain PEFT, exact on resume, safe in a crash, and clear about bad input."""
 
+import fcntl
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, read_lines, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -133,30 +134,57 @@ def test_a_run_leaves_what_the_readme_says(train, tiny, tmp_path):
         assert torch.equal(checkpoint[name.replace(".weight", ".default.weight")], tensor)
 
 
+def cut_after(step: int, whole: Path, cut: Path) -> None:
+    """A copy of a finished run as a crash after `step` would have left it, its later lines included."""
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "adapter")
+    for later in (cut / "checkpoints").iterdir():
+        if later.name > f"step_{step:06d}":
+            shutil.rmtree(later)
+    record = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps({**record, "status": "running"}))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stop", [8, 10])  # an update is due at 8; 10 falls between two updates
 def test_resume_is_exact(train, tmp_path, stop, accumulation):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"gradient_accumulation_steps": accumulation, "lora_dropout": 0.1, "weight_decay": 0.01}
     options |= {"validation_size": 6, "eval_steps": 5, "save_steps": stop, "per_device_train_batch_size": 2}
-    assert train(output_dir=tmp_path / "whole", **options) == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "adapter")
-    for later in (tmp_path / "cut" / "checkpoints").iterdir():
-        if later.name > f"step_{stop:06d}":
-            shutil.rmtree(later)
-    record = json.loads((tmp_path / "cut/run.json").read_text())
-    (tmp_path / "cut/run.json").write_text(json.dumps({**record, "status": "running"}))
-    assert train(output_dir=tmp_path / "cut", resume_from_checkpoint="auto", **options) == 0
-    assert_same_adapter(tmp_path / "cut", tmp_path / "whole")
-    for name in ("metrics.jsonl", "importance.jsonl"):  # losses, learning rates, tokens, draws, scores
-        whole, cut = read_lines(tmp_path / "whole" / name), read_lines(tmp_path / "cut" / name)
-        assert without_times(cut) == without_times(whole)
-    assert json.loads((tmp_path / "cut/run.json").read_text())["resumed_from"].endswith(f"step_{stop:06d}")
-    # The uninterrupted twin differs when the state is lost: half a run with fresh moments is another run.
-    state = tmp_path / "cut/checkpoints" / f"step_{stop:06d}/optimizer.safetensors"
-    moments = load_file(state)
-    assert any(name.endswith("|exp_avg") for name in moments)
-    assert len({name.split("|")[0] for name in moments}) <= 40
+    assert train(output_dir=whole, **options) == 0
+    cut_after(stop, whole, cut)
+    assert train(output_dir=cut, resume_from_checkpoint="auto", **options) == 0
+    assert_same_adapter(cut, whole)
+    for name, last in (("metrics.jsonl", stop), ("importance.jsonl", stop - 1)):
+        expected, lines = read_lines(whole / name), read_lines(cut / name)
+        # Losses, learning rates, tokens, draws, scores, each step once.
+        assert without_times(lines) == without_times(expected)
+        # And it is a resumed run, not one from the start: up to the stop the clocks too are the old ones.
+        same = [line == old for line, old in zip(lines, expected, strict=True)]
+        assert all(same[i] for i, line in enumerate(lines) if line["step"] <= last)
+        assert not any(same[i] for i, line in enumerate(lines) if line["step"] > last and "validation_loss" not in line)
+    assert json.loads((cut / "run.json").read_text())["resumed_from"].endswith(f"step_{stop:06d}")
+
+
+@pytest.mark.parametrize("lost", ["moment", "scores"])
+def test_resume_without_a_part_of_the_state_is_another_run(train, tmp_path, lost):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(output_dir=whole, save_steps=10) == 0
+    cut_after(10, whole, cut)
+    folder = cut / "checkpoints/step_000010"
+    state = json.loads((folder / "checkpoint.json").read_text())
+    if lost == "moment":
+        moments = load_file(folder / "optimizer.safetensors")
+        for name in moments:
+            if name.endswith("|exp_avg"):
+                moments[name].zero_()
+        save_file(moments, folder / "optimizer.safetensors")
+    else:
+        state["tuner"]["scores"] = [-50.0, 50.0, -50.0, -50.0]
+    (folder / "checkpoint.json").write_text(json.dumps(state))
+    assert train(output_dir=cut, save_steps=10, resume_from_checkpoint="auto") == 0
+    one, two = adapter_of(cut), adapter_of(whole)
+    assert not all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_signal_saves_and_resume_goes_on(arguments, train, tmp_path):
@@ -296,6 +324,8 @@ def test_killed_while_saving(arguments, train, tmp_path, module, function, path_
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = tmp_path / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000005"]
+    (run / ".saving-step_000099").mkdir()
+    (run / ".discarded-step_000001").mkdir()
     assert train(**options, resume_from_checkpoint="auto") == 0
     assert json.loads((run / "run.json").read_text())["resumed_from"].endswith("step_000005")
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
@@ -327,6 +357,88 @@ def test_checkpoints_hold_no_pickles_and_are_small(train, tmp_path):
     for path in Path(ist.__file__).parent.glob("*.py"):
         assert "pickle" not in path.read_text().replace("unpickling", "").replace("no pickles", "")
         assert "torch.load" not in path.read_text()
+
+
+@pytest.mark.parametrize("options", [{}, {"validation_size": 4, "load_best_model_at_end": True, "eval_steps": 1}])
+def test_a_last_step_that_blows_up_is_no_finished_run(train, tmp_path, options):
+    options |= {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0, "max_steps": 2, "selection": "all"}
+    options["lr_scheduler_type"] = "constant"
+    assert train(**options) == 1
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(train, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.Custom", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "was_run"
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(UsageError, match="trust_remote_code"):
+        train(model_name_or_path=folder)
+    assert not marker.exists()
+    with pytest.raises(UsageError):  # the code is no model, but now it runs
+        train(model_name_or_path=folder, trust_remote_code=True)
+    assert marker.exists()
+
+
+def test_a_launchers_accumulation_does_not_change_the_gradient(train, tmp_path, monkeypatch):
+    assert train(max_steps=2, output_dir=tmp_path / "one") == 0
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert train(max_steps=2, output_dir=tmp_path / "two") == 0
+    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert without_times(one) == without_times(two)
+
+
+def test_results_of_unknown_origin_are_not_overwritten(train, tmp_path):
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    (tmp_path / "run/adapter/adapter_model.safetensors").write_text("precious")
+    with pytest.raises(UsageError, match=r"holds results but no run.json"):
+        train()
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_text() == "precious"
+
+
+def test_two_processes_do_not_write_one_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="being written by another process"):
+        train()
+    os.close(descriptor)
+    assert train(max_steps=2) == 0
+
+
+def test_float16_weights_are_refused_also_where_the_config_does_not_say(train, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    with pytest.raises(UsageError, match="float16"):
+        train(model_name_or_path=folder)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    with pytest.raises(UsageError, match="float16"):
+        train(model_name_or_path=folder)
+    assert train(model_name_or_path=folder, dtype="float32", max_steps=2) == 0
+
+
+def test_a_model_folder_that_is_not_whole(train, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        train(model_name_or_path=folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="holds no weights"):
+        train(model_name_or_path=folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(train, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    LlamaForCausalLM(tiny_config(vocab_size=50)).save_pretrained(folder)
+    with pytest.raises(UsageError, match="do not belong"):
+        train(model_name_or_path=folder)
 
 
 def test_bf16_gradient_checkpointing_and_chat_rows_train(train, tmp_path):
@@ -375,7 +487,10 @@ BAD_INPUT = {
     "missing recipe": ({"config": "nowhere.yaml"}, "--config nowhere.yaml: No such file"),
     "not a model": ({"model_name_or_path": "tests"}, "--model_name_or_path tests cannot be used"),
     "no layer list": ({"target_modules": "lm_head"}, "no layer list"),
-    "no such modules": ({"target_modules": "w_query"}, "--target_modules: .*w_query"),
+    "no such modules": ({"target_modules": "q_proj,w_query"}, "--target_modules: the model has no module w_query"),
+    "output is a file": ({"output_dir": "README.md/x"}, "--output_dir README.md/x cannot be written"),
+    "auto without a folder": ({"output_dir": None, "resume_from_checkpoint": "auto"}, "needs --output_dir"),
+    "validation nan": ({"validation_size": "nan"}, "--validation_size must be"),
     "validation key": ({"eval_steps": 5}, "--eval_steps needs --validation_file"),
     "validation size": ({"validation_size": 60}, "--validation_size must be less than the 60 rows"),
     "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be none, auto or"),
@@ -393,13 +508,28 @@ def test_bad_input_is_one_clear_line(train, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_exits_with_2_and_one_line(train_process):
-    for options, message in (({"trained_layers": 5}, "got 5"), ({"suppression": 2}, "--suppression must be in [0, 1]")):
-        result = train_process(**options)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
-        assert "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        ({"trained_layers": 5}, None, "got 5"),
+        ({"suppression": 2}, None, "--suppression must be in [0, 1]"),
+        ({}, "[{", "is not valid JSON"),
+        ({}, "null", "is not valid JSON"),
+        ({}, '[{"question": 1}]', "needs the columns instruction and output"),
+        ({}, '[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "}]', "row 1 has no answer"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(train_process, tmp_path, options, text, message):
+    if text:
+        (tmp_path / "rows.json").write_text(text)
+        options = {**options, "train_file": tmp_path / "rows.json"}
+    result = train_process(**options)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not result.stdout.strip()
 
 
 def test_a_checkpoint_of_another_configuration_names_the_keys(train, tmp_path):
@@ -409,9 +539,9 @@ def test_a_checkpoint_of_another_configuration_names_the_keys(train, tmp_path):
         UsageError, match=r"another configuration: lora_r \(4 there, 8 here\), seed \(42 there, 1 here\)"
     ):
         train(max_steps=5, output_dir=tmp_path / "new", resume_from_checkpoint=checkpoint, seed=1, lora_r=8)
-    with pytest.raises(UsageError, match=r"global_batch_size \(4 there, 2 here\)"):
+    with pytest.raises(UsageError, match=r"per_device_train_batch_size 3 cannot make up the run's global batch of 4"):
         train(max_steps=5, output_dir=tmp_path / "new", resume_from_checkpoint=checkpoint,
-              per_device_train_batch_size=2)  # fmt: skip
+              per_device_train_batch_size=3)  # fmt: skip
 
 
 def test_recipe_first_then_flags(train, tmp_path):

@@ -1,0 +1,200 @@
+"""One process, DDP and FSDP2 train the same model: real launches on gloo ranks, with the configs that ship."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_lines
+from safetensors.torch import load_file
+
+from ist.config import UsageError
+
+STEPS = 30
+TOPOLOGIES = {"one": ("single.yaml", 4), "ddp": ("ddp.yaml", 2), "fsdp": ("fsdp2.yaml", 2)}  # config, rows per rank
+
+
+def launch(config: str, flags: list[str], spy_dir: Path, **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` as the README has it, on CPU ranks."""
+    spy_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", f"accelerate_configs/{config}", "--main_process_port", "0", "tests/spy.py"]
+    return subprocess.run(
+        [*command, "train_ist.py", *flags],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "SPY_DIR": str(spy_dir), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def flags_of(tiny: Path, train_file: Path, run: Path, rows: int, **overrides) -> list[str]:
+    values = {
+        **{"model_name_or_path": tiny, "train_file": train_file, "output_dir": run, "report_to": "none"},
+        **{"max_steps": STEPS, "update_interval": 5, "score_lr": 1000, "lora_dropout": 0, "trained_layers": 1},
+        **{"learning_rate": 5e-3, "warmup_steps": 2, "logging_steps": 1, "save_steps": 3, "lora_r": 8},
+        **{"validation_size": 7, "eval_steps": 10, "per_device_train_batch_size": rows, **overrides},
+    }
+    return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def runs(tiny, train_file, tmp_path_factory) -> dict[str, Path]:
+    """The same 30 steps, and a checkpoint every third of them, on each topology."""
+    folders = {}
+    for name, (config, rows) in TOPOLOGIES.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        result = launch(config, flags_of(tiny, train_file, folders[name] / "run", rows), folders[name])
+        assert result.returncode == 0, result.stderr[-3000:]
+    return folders
+
+
+def spied(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+def adapter_of(run: Path) -> torch.Tensor:
+    tensors = load_file(run / "adapter/adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def assert_same_course(run: Path, reference: Path, after: int = 0) -> None:
+    """Draws and candidates equal, scores, losses, gradient norms and adapter within rounding."""
+    for one, two in zip(read_lines(run / "metrics.jsonl"), read_lines(reference / "metrics.jsonl"), strict=True):
+        assert one["step"] == two["step"]
+        if "loss" in one:
+            assert one["trained_layers"] == two["trained_layers"]
+            assert one["tokens"] == two["tokens"]
+            assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+            assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        else:
+            assert one["validation_loss"] == pytest.approx(two["validation_loss"], abs=1e-5)
+    updates, expected = (read_lines(path / "importance.jsonl") for path in (run, reference))
+    assert [update["step"] for update in updates] == [5, 10, 15, 20, 25]
+    for one, two in zip(updates, expected, strict=True):
+        assert one["candidates"] == two["candidates"]
+        spread = max(two["scores"]) - min(two["scores"])
+        assert one["scores"] == pytest.approx(two["scores"], abs=1e-3 * spread)
+    assert spread > 0.1
+    difference = adapter_of(run) - adapter_of(reference)
+    assert difference.norm() < 1e-3 * adapter_of(reference).norm()
+
+
+def test_the_launches_are_what_they_say(runs):
+    expected = {"one": ("NO", 1), "ddp": ("MULTI_CPU", 2), "fsdp": ("FSDP", 2)}
+    for name, (kind, world_size) in expected.items():
+        record = json.loads((runs[name] / "run/run.json").read_text())
+        assert record["distributed_type"] in (kind, kind.replace("CPU", "GPU"))
+        assert record["world_size"] == world_size == len(spied(runs[name]))
+        for seen in spied(runs[name]):
+            assert seen["all_dtensors"] == (name == "fsdp")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_ranks_train_what_one_process_trains(runs, name):
+    assert_same_course(runs[name] / "run", runs["one"] / "run")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_ranks_hold_the_same_scores_bit_for_bit(runs, name):
+    first, second = spied(runs[name])
+    assert first["scores"] == second["scores"] != [0.0] * 4
+    assert first["trained_counts"] == second["trained_counts"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_gradients_of_trained_layers_travel_and_no_others(runs, name):
+    adapter_bytes = 4 * adapter_of(runs[name] / "run").numel()
+    for seen in spied(runs[name]):
+        assert len(seen["travelled"]) == STEPS
+        for step in seen["travelled"]:
+            (collective,) = step
+            assert collective.startswith({"ddp": "all_reduce", "fsdp": "reduce_scatter"}[name])
+            assert step[collective] == pytest.approx(adapter_bytes / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    # After 3 steps of one layer each some layer was never trained: it has no moments. 18 lies between two updates.
+    ("source", "target", "step"),
+    [("fsdp", "one", 3), ("fsdp", "ddp", 18), ("one", "fsdp", 18), ("ddp", "fsdp", 3)],
+)
+def test_resume_on_another_topology(runs, tiny, train_file, tmp_path, source, target, step):
+    config, rows = TOPOLOGIES[target]
+    checkpoint = runs[source] / f"run/checkpoints/step_{step:06d}"
+    if step == 3:
+        assert 0 in json.loads((checkpoint / "checkpoint.json").read_text())["tuner"]["trained_counts"]
+    options = {"resume_from_checkpoint": checkpoint, "save_steps": 100}
+    result = launch(config, flags_of(tiny, train_file, tmp_path / "run", rows, **options), tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = read_lines(tmp_path / "run/metrics.jsonl")
+    whole = [line for line in read_lines(runs["one"] / "run/metrics.jsonl") if line["step"] > step]
+    assert [line["step"] for line in metrics] == [line["step"] for line in whole]
+    for one, two in zip(metrics, whole, strict=True):
+        key = "loss" if "loss" in one else "validation_loss"
+        assert one[key] == pytest.approx(two[key], abs=1e-5)
+    difference = adapter_of(tmp_path / "run") - adapter_of(runs["one"] / "run")
+    assert difference.norm() < 1e-3 * adapter_of(runs["one"] / "run").norm()
+
+
+def test_a_rank_that_draws_differently_is_caught(tiny, train_file, tmp_path):
+    result = launch("ddp.yaml", flags_of(tiny, train_file, tmp_path / "run", 2), tmp_path, SPY_REBEL="12")
+    assert result.returncode != 0
+    assert "ranks disagree on the layers of step 10" in result.stderr
+    assert "rank 0:" in result.stderr
+    assert "rank 1:" in result.stderr
+    steps = [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")]
+    assert max(steps) == 10  # the plan of steps 10 to 14 was compared before any of it was used
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_the_others_and_resume_reaches_the_same_end(runs, tiny, train_file, tmp_path, name):
+    config, rows = TOPOLOGIES[name]
+    flags = flags_of(tiny, train_file, tmp_path / "run", rows)
+    result = launch(config, flags, tmp_path, SPY_KILL="16")
+    assert result.returncode != 0
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-1] == "step_000015"
+    result = launch(config, [*flags, "--resume_from_checkpoint", "auto"], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_course(tmp_path / "run", runs[name] / "run")
+
+
+def test_fsdp_that_is_not_on_stops_the_run(tiny, train_file, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/fsdp2.yaml"]
+    flags = flags_of(tiny, train_file, tmp_path / "run", 2)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [*command, "train_ist.py", *flags], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode != 0
+    assert "error: FSDP was asked for, but Accelerate runs" in result.stderr
+    assert result.stderr.count("error: FSDP was asked for") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_fsdp_with_layers_frozen_from_the_first_step(runs, tiny, train_file, tmp_path):
+    options = {"bf16": True, "dtype": "bfloat16", "validation_size": 0, "eval_steps": None}
+    flags = flags_of(tiny, train_file, tmp_path / "run", 2, **options)
+    result = launch("fsdp2.yaml", flags, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(seen["all_dtensors"] for seen in spied(tmp_path))
+    assert set(read_lines(tmp_path / "run/metrics.jsonl")[0]["trained_layers"]) < {0, 1, 2, 3}
+    assert all(count for count in spied(tmp_path)[0]["trained_counts"])
+
+
+def test_another_number_of_ranks_cuts_the_same_global_batch(runs, tiny, train_file, tmp_path):
+    from conftest import reset_accelerate
+
+    import train_ist
+
+    checkpoint = runs["ddp"] / "run/checkpoints/step_000018"
+    reset_accelerate()
+    flags = flags_of(tiny, train_file, tmp_path / "run", 2, resume_from_checkpoint=checkpoint)
+    assert train_ist.main(flags) == 0  # 2 ranks x 2 rows become 1 rank x 2 rows x 2 micro-batches
+    reset_accelerate()
+    with pytest.raises(UsageError, match="global batch of 4 rows"):
+        train_ist.main(flags_of(tiny, train_file, tmp_path / "new", 3, resume_from_checkpoint=checkpoint))
