@@ -8,13 +8,11 @@ Arguments are `--key value`; a recipe (`--config`, YAML) comes first, flags over
 input, 3 stopped by a signal after saving (run again with --resume_from_checkpoint auto), 1 anything else.
 """
 
-import logging
 import math
 import os
 import signal
 import sys
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# Importing PEFT makes bitsandbytes warn of an absent CPU kernel; the names below are what all of transformers 5 knows.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|gradient_checkpointing_enable).*deprecated")
+from ist.config import quiet_known_warnings
+
+quiet_known_warnings()
 
 import torch
 from accelerate import Accelerator

@@ -5,15 +5,23 @@ what is allowed, printed by rank 0, exit code 2.
 """
 
 import difflib
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from transformers import HfArgumentParser
+
+
+def quiet_known_warnings() -> None:
+    """Call before PEFT is imported: bitsandbytes warns of an absent CPU kernel then, and PEFT of a renamed property."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|gradient_checkpointing_enable).*deprecated")
 
 
 class UsageError(Exception):

@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ist.config import quiet_known_warnings
+
+quiet_known_warnings()
+
+import datasets
 import torch
 from peft import PeftModel
 from tqdm import tqdm
@@ -50,6 +55,8 @@ def extract_number(text: str) -> float | None:
 
 def main(argv: Sequence[str]) -> int:
     args, _ = parse_arguments([EvaluateArguments], argv, __doc__.split("\n")[0])
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     rows = load_rows("test_file", [args.test_file])
     try:
         gold = [float(str(row["answer"]).replace(",", "")) for row in rows]

@@ -294,7 +294,7 @@ def draw_importance(output_dir: Path) -> Path:
     right.bar(range(n_layers), counts, color=[colours.to_rgba(i) for i in range(n_layers)])
     right.axhline(sum(counts) / n_layers, color="0.3", ls="--", lw=1, label="mean over layers")
     right.set(xlabel="layer", ylabel="steps", title=f"Steps in which each layer was trained (of {run['steps']})")
-    right.legend(loc="lower right")
+    right.legend(loc="upper left", fontsize="small")
     figure.suptitle(f"{output_dir.name}: {run['status']}")
     path = output_dir / PICTURE
     figure.savefig(path, dpi=110)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ist.config import UsageError
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the fixture's launches are made once
 STEPS = 30
 TOPOLOGIES = {"one": ("single.yaml", 4), "ddp": ("ddp.yaml", 2), "fsdp": ("fsdp2.yaml", 2)}  # config, rows per rank
 
