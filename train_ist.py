@@ -24,6 +24,7 @@ from ist.config import quiet_known_warnings
 
 quiet_known_warnings()
 
+import bitsandbytes
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
@@ -31,9 +32,10 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, get_scheduler
 
 from ist import checkpoint as ckpt
 from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
@@ -70,11 +72,7 @@ class ModelArguments:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Of the base weights; adapters are float32.")
     attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    load_in_4bit: bool = option(False, "Not available in this version.")
-
-    def __post_init__(self) -> None:
-        if self.load_in_4bit:
-            raise UsageError("--load_in_4bit is not available in this version.")
+    load_in_4bit: bool = option(False, "QLoRA: base weights as 4-bit NF4 (bitsandbytes), computed in --dtype.")
 
 
 @dataclass
@@ -137,7 +135,7 @@ class TrainArguments:
     warmup_steps: float = option(100, "Steps of linear warm-up; below 1, a share of all steps.")
     num_train_epochs: float = option(3.0, "Passes over the rows.")
     max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.")
-    optim: Literal["adamw_torch"] = option("adamw_torch", "Optimizer.")
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = option("adamw_torch", "8-bit: bitsandbytes'.")
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
     bf16: bool = option(False, "Mixed precision: autocast to bfloat16.")
@@ -190,21 +188,45 @@ def resolve_output_dir(args: Namespace, recipe: str | None) -> None:
     args.output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
 
 
-def require_topology(accelerator: Accelerator) -> None:
+def require_launcher() -> None:
+    """Refuse what Accelerator would fail at in its own words, or accept: DeepSpeed, and FSDP1's flat parameters.
+
+    Raises:
+        UsageError: naming the config to use instead.
+    """
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    for asked, what in (
+        (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true", "DeepSpeed"),
+        (fsdp and os.environ.get("FSDP_VERSION", "1") == "1", "fsdp_version 1"),
+    ):
+        if asked:
+            raise UsageError(
+                f"{what} cannot train a different set of layers at each step: launch with "
+                "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
+            )
+
+
+def require_topology(accelerator: Accelerator, optim: str) -> None:
     """Refuse what per-step freezing cannot be served by, and FSDP that was asked for but is not on.
 
     Raises:
         UsageError: naming the config to use instead.
     """
     kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP):
+    if kind == DistributedType.FSDP:
+        if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            raise UsageError("fsdp_offload_params is not supported: set it to false, or use --load_in_4bit true.")
+        if optim != "adamw_torch":
+            raise UsageError(
+                f"--optim {optim} cannot update sharded parameters: use adamw_torch, or launch with "
+                "accelerate_configs/ddp.yaml."
+            )
+    elif kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UsageError(
             f"distributed_type {kind.value} cannot train a different set of layers at each step: launch with "
             "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
         )
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UsageError("fsdp_version 1 is not supported: launch with accelerate_configs/fsdp2.yaml.")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != DistributedType.FSDP:
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UsageError(
             f"FSDP was asked for, but Accelerate runs {kind.value} (it has no FSDP on {accelerator.device.type}): "
             "launch with accelerate_configs/ddp.yaml, or on GPUs."
@@ -311,11 +333,23 @@ def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> No
         )
 
 
-def load_model(args: Namespace) -> PeftModel:
+def load_model(args: Namespace, device: torch.device) -> PeftModel:
+    if args.load_in_4bit:
+        dtype = torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,  # a float type: FSDP2 shards nothing else
+        )
+        options = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
+    else:
+        options = {"dtype": args.dtype}
     try:
         base = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path,
-            dtype=args.dtype,
+            **options,
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
         )
@@ -329,6 +363,15 @@ def load_model(args: Namespace) -> PeftModel:
     model = get_peft_model(base, make_peft_config(args))
     drop_input_grad_hooks(model)
     return model.train()
+
+
+def make_optimizer(args: Namespace, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    kinds = {
+        "adamw_torch": torch.optim.AdamW,
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return kinds[args.optim](parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
 
 
 # ----------------------------------------------------------------------------------------------------------- the loss
@@ -373,6 +416,7 @@ def main(argv: Sequence[str]) -> int:
     require_consistent(args)
     require_tracker(args.report_to)
 
+    require_launcher()
     # An explicit precision: a launcher's own setting must not decide what is computed.
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
@@ -380,7 +424,7 @@ def main(argv: Sequence[str]) -> int:
         project_dir=".",  # trackers ask for one now; RunRecord.start_trackers names the run's own
     )
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours: it knows the tokens of the whole batch
-    require_topology(accelerator)
+    require_topology(accelerator, args.optim)
 
     # Layers, from the model's configuration; then the run folder: this run's own, or free.
     layers, model_config, vocabulary = plan_layers(args)
@@ -453,10 +497,8 @@ def train(
 
     # Model -> adapter -> optimizer over all adapter parameters -> prepare -> tuner, which freezes. In this order: a
     # layer that is frozen when the optimizer is made would never move, and sharding replaces the parameters.
-    model = load_model(args)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
-    )
+    model = load_model(args, device)
+    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
         model, optimizer = accelerator.prepare(model, optimizer)

@@ -83,7 +83,7 @@ def _split_optimizer(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = full_tensor(value).detach().cpu().contiguous()
+                tensors[f"{name}|{key}"] = full_tensor(value).detach().cpu().clone()  # bitsandbytes shares tables
             else:
                 numbers.setdefault(name, {})[key] = value
     return tensors, numbers

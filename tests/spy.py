@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from bitsandbytes.nn import Linear4bit
 from torch.distributed.tensor import DTensor
 
 script = sys.argv[1]
@@ -66,6 +67,7 @@ def registered(original):
         original(self, model, *args, **kwargs)
         # Now: during a step, FSDP swaps in the gathered parameters, and leaves the root's there.
         self.all_dtensors = all(isinstance(p, DTensor) for p in model.parameters())
+        self.linear_4bit = sum(isinstance(module, Linear4bit) for module in model.modules())
         tuners.append(self)
 
     return init
@@ -107,6 +109,7 @@ finally:
             "scores": tuners[0].sampler.scores.tolist(),
             "trained_counts": tuners[0].trained_counts,
             "all_dtensors": tuners[0].all_dtensors,
+            "linear_4bit": tuners[0].linear_4bit,
             "travelled": travelled,
         }
         with open(f"{os.environ['SPY_DIR']}/rank{rank}.json", "w") as file:

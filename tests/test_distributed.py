@@ -18,13 +18,15 @@ STEPS = 30
 TOPOLOGIES = {"one": ("single.yaml", 4), "ddp": ("ddp.yaml", 2), "fsdp": ("fsdp2.yaml", 2)}  # config, rows per rank
 
 
-def launch(config: str, flags: list[str], spy_dir: Path, **environment: str) -> subprocess.CompletedProcess:
-    """`accelerate launch` as the README has it, on CPU ranks."""
+def launch(
+    config: str, flags: list[str], spy_dir: Path, topology: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess:
+    """`accelerate launch` as the README has it, on CPU ranks; `topology` overrides lines of the config."""
     spy_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", f"accelerate_configs/{config}", "--main_process_port", "0", "tests/spy.py"]
+    command += ["--config_file", f"accelerate_configs/{config}", "--main_process_port", "0", *topology]
     return subprocess.run(
-        [*command, "train_ist.py", *flags],
+        [*command, "tests/spy.py", "train_ist.py", *flags],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "SPY_DIR": str(spy_dir), **environment},
         cwd=ROOT,
         capture_output=True,
@@ -199,3 +201,97 @@ def test_another_number_of_ranks_cuts_the_same_global_batch(runs, tiny, train_fi
     reset_accelerate()
     with pytest.raises(UsageError, match="global batch of 4 rows"):
         train_ist.main(flags_of(tiny, train_file, tmp_path / "new", 3, resume_from_checkpoint=checkpoint))
+
+
+def test_qlora_on_two_ranks_trains_saves_and_resumes(tiny, train_file, tmp_path):
+    courses = {}
+    for name in ("ddp_qlora", "fsdp2_qlora"):
+        options = {"load_in_4bit": True, "max_steps": 12, "save_steps": 6, "eval_steps": 6}
+        flags = flags_of(tiny, train_file, tmp_path / name, 2, **options)
+        result = launch(f"{name}.yaml", flags, tmp_path / f"spy-{name}")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert all(seen["linear_4bit"] == 4 * 7 for seen in spied(tmp_path / f"spy-{name}"))
+        courses[name] = [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
+    assert all(seen["all_dtensors"] for seen in spied(tmp_path / "spy-fsdp2_qlora"))
+    assert courses["ddp_qlora"] == pytest.approx(courses["fsdp2_qlora"], abs=1e-5)
+    assert courses["ddp_qlora"][-1] < courses["ddp_qlora"][0]
+    again = flags_of(tiny, train_file, tmp_path / "again", 2, **options)
+    checkpoint = tmp_path / "ddp_qlora/checkpoints/step_000006"
+    result = launch("ddp_qlora.yaml", [*again, "--resume_from_checkpoint", str(checkpoint)], tmp_path / "spy-again")
+    assert result.returncode == 0, result.stderr[-3000:]
+    difference = adapter_of(tmp_path / "again") - adapter_of(tmp_path / "ddp_qlora")
+    assert difference.norm() < 1e-6 * adapter_of(tmp_path / "ddp_qlora").norm()
+
+
+def test_weights_loaded_by_rank_0_alone_are_the_same_model(runs, tiny, train_file, tmp_path):
+    flags = flags_of(tiny, train_file, tmp_path / "run", 2)
+    result = launch("fsdp2.yaml", flags, tmp_path, ("--fsdp_cpu_ram_efficient_loading", "true"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_course(tmp_path / "run", runs["fsdp"] / "run")
+
+
+FSDP1 = ("--fsdp_version", "1", "--fsdp_reshard_after_forward", "FULL_SHARD")
+
+
+@pytest.mark.parametrize(
+    ("topology", "options", "message"),
+    [
+        (FSDP1, {}, "fsdp_version 1 cannot train a different set of layers at each step: launch with"),
+        ((), {"optim": "adamw_8bit"}, "--optim adamw_8bit cannot update sharded parameters"),
+        (("--fsdp_offload_params", "true"), {}, "fsdp_offload_params is not supported"),
+    ],
+    ids=["fsdp1", "8bit", "offload"],
+)
+def test_what_cannot_be_served_is_refused(tiny, train_file, tmp_path, topology, options, message):
+    result = launch("fsdp2.yaml", flags_of(tiny, train_file, tmp_path / "run", 2, **options), tmp_path, topology)
+    assert result.returncode != 0
+    assert result.stderr.count(f"error: {message}") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_is_refused(train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match=r"DeepSpeed cannot train.*accelerate_configs/fsdp2.yaml"):
+        train()
+
+
+@pytest.fixture
+def two_hosts():
+    """Commands that run something on either of two hosts, and the first one's address: network namespaces with a
+    cable between them; where those are refused, two agents on loopback."""
+    names = [f"ist{os.getpid()}{side}" for side in "ab"]
+    setup = [f"ip netns add {name}" for name in names]
+    setup += [f"ip link add veth{os.getpid()} netns {names[0]} type veth peer name veth1 netns {names[1]}"]
+    setup += [f"ip -n {names[0]} link set veth{os.getpid()} name veth1"]
+    for i, name in enumerate(names):
+        setup += [f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev veth1", f"ip -n {name} link set veth1 up"]
+        setup += [f"ip -n {name} link set lo up"]
+    try:
+        for line in setup:
+            subprocess.run(line.split(), check=True, capture_output=True)
+        yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1", "veth1"
+    except (OSError, subprocess.CalledProcessError):
+        yield [[], []], "127.0.0.1", "lo"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_nodes(runs, tiny, train_file, tmp_path, two_hosts, kind):
+    prefixes, address, interface = two_hosts
+    flags = flags_of(tiny, train_file, tmp_path / "run", 2)
+    agents = []
+    for node, prefix in enumerate(prefixes):
+        command = [*prefix, sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", f"accelerate_configs/multi_node_{kind}.yaml", "--num_machines", "2"]
+        command += ["--num_processes", "2", "--machine_rank", str(node), "--main_process_ip", address]
+        command += ["tests/spy.py", "train_ist.py", *flags]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "SPY_DIR": str(tmp_path)}
+        environment["GLOO_SOCKET_IFNAME"] = interface
+        with open(tmp_path / f"node{node}.log", "w") as log:
+            agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    codes = [agent.wait(timeout=300) for agent in agents]
+    assert codes == [0, 0], (tmp_path / "node0.log").read_text()[-3000:]
+    assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == 2
+    assert_same_course(tmp_path / "run", runs["fsdp" if kind == "fsdp2" else "ddp"] / "run")

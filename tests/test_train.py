@@ -383,6 +383,31 @@ def test_code_that_comes_with_a_model_is_not_run(train, tiny, tmp_path):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8bit_optimizers_train_and_resume_exactly(train, tmp_path, optim):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {
+        "optim": optim,
+        "lora_r": 128,
+        "max_steps": 12,
+        "save_steps": 6,
+    }  # bitsandbytes: 8 bits from 4096 entries
+    assert train(output_dir=whole, **options) == 0
+    moments = load_file(whole / "checkpoints/step_000006/optimizer.safetensors")
+    assert any(tensor.dtype == torch.uint8 for name, tensor in moments.items() if name.endswith("|state1"))
+    cut_after(6, whole, cut)
+    assert train(output_dir=cut, resume_from_checkpoint="auto", **options) == 0
+    assert_same_adapter(cut, whole)
+
+
+def test_4bit_base_trains_every_layer(train, tmp_path):
+    assert train(load_in_4bit=True, selection="all", validation_size=8, max_steps=10) == 0
+    norms = [line["grad_norm"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert min(norms) > 0.01
+    moved = [name for name, tensor in adapter_of(tmp_path / "run").items() if "lora_B" in name and tensor.any()]
+    assert len(moved) == 4 * 5  # validation forwards leave 4-bit layers trainable
+
+
 def test_a_launchers_accumulation_does_not_change_the_gradient(train, tmp_path, monkeypatch):
     assert train(max_steps=2, output_dir=tmp_path / "one") == 0
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
@@ -494,7 +519,7 @@ BAD_INPUT = {
     "validation key": ({"eval_steps": 5}, "--eval_steps needs --validation_file"),
     "validation size": ({"validation_size": 60}, "--validation_size must be less than the 60 rows"),
     "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be none, auto or"),
-    "later": ({"load_in_4bit": True}, "--load_in_4bit is not available"),
+    "later": ({"peft_config": "lora.json"}, "--peft_config is not available"),
     "float16": ({"dtype": "float16"}, "--dtype: invalid choice: 'float16'"),
 }
 
