@@ -1,15 +1,66 @@
 """Everything that ranks must agree on. With one process each function is the identity, so there is one code path."""
 
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ist.config import UsageError
 
 
 def _active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def require_launcher() -> None:
+    """Refuse what Accelerator would fail at in its own words, or accept: DeepSpeed, and FSDP1's flat parameters.
+
+    Raises:
+        UsageError: naming the config to use instead.
+    """
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    for asked, what in (
+        (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true", "DeepSpeed"),
+        (fsdp and os.environ.get("FSDP_VERSION", "1") == "1", "fsdp_version 1"),
+    ):
+        if asked:
+            raise UsageError(
+                f"{what} cannot train a different set of layers at each step: launch with "
+                "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
+            )
+
+
+def require_topology(accelerator: Accelerator, optim: str) -> None:
+    """Refuse what per-step freezing cannot be served by, and FSDP that was asked for but is not on.
+
+    Raises:
+        UsageError: naming the config to use instead.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            raise UsageError("fsdp_offload_params is not supported: set it to false, or use --load_in_4bit true.")
+        if optim != "adamw_torch":
+            raise UsageError(
+                f"--optim {optim} cannot update sharded parameters: use adamw_torch, or launch with "
+                "accelerate_configs/ddp.yaml."
+            )
+    elif kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UsageError(
+            f"distributed_type {kind.value} cannot train a different set of layers at each step: launch with "
+            "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
+        )
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UsageError(
+            f"FSDP was asked for, but Accelerate runs {kind.value} (it has no FSDP on {accelerator.device.type}): "
+            "launch with accelerate_configs/ddp.yaml, or on GPUs."
+        )
 
 
 def reduce_sum(values: Tensor) -> Tensor:
