@@ -46,7 +46,8 @@ def resolve_targets(args: Namespace, model: nn.Module) -> None:
 def plan_layers(args: Namespace) -> tuple[LayerMap, PretrainedConfig, int]:
     """(layers that will carry adapters, model config, rows of the embedding), from a skeleton without weights.
 
-    What is wrong with a model shows here, before its weights are loaded.
+    What is wrong with a model shows here, before its weights are loaded; args.dtype and args.target_modules get what
+    their defaults mean for it.
 
     Raises:
         UsageError: not a model, not a causal language model, no such target modules, no list of layers.
@@ -66,6 +67,8 @@ def plan_layers(args: Namespace) -> tuple[LayerMap, PretrainedConfig, int]:
         raise UsageError(f"{name} holds no weights (no .safetensors or .bin file).")
     if args.dtype == "auto" and config.dtype == torch.float16:
         raise UsageError(f"{name} has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
+    if args.dtype == "auto" and config.dtype is not None:
+        args.dtype = str(config.dtype).removeprefix("torch.")
     vocabulary = skeleton.get_input_embeddings().num_embeddings
     resolve_targets(args, skeleton)
     try:
