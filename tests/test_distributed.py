@@ -157,6 +157,7 @@ def test_a_rank_that_draws_differently_is_caught(tiny, train_file, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_killed_rank_ends_the_others_and_resume_reaches_the_same_end(runs, tiny, train_file, tmp_path, name):
     config, rows = CONFIGS[name], ROWS[name]
@@ -182,6 +183,7 @@ def test_fsdp_that_is_not_on_stops_the_run(tiny, train_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bf16_fsdp_with_layers_frozen_from_the_first_step(tiny, train_file, tmp_path):
     losses = {}
     for name in ("ddp", "fsdp"):
@@ -212,6 +214,7 @@ def test_another_number_of_ranks_cuts_the_same_global_batch(runs, tiny, train_fi
         train_ist.main(flags_of(tiny, train_file, tmp_path / "new", 3, resume_from_checkpoint=checkpoint))
 
 
+@pytest.mark.slow
 def test_qlora_on_two_ranks_trains_saves_and_resumes(tiny, train_file, tmp_path):
     courses = {}
     for name in ("ddp_qlora", "fsdp2_qlora"):
@@ -232,6 +235,7 @@ def test_qlora_on_two_ranks_trains_saves_and_resumes(tiny, train_file, tmp_path)
     assert difference.norm() < 1e-6 * adapter_of(tmp_path / "ddp_qlora").norm()
 
 
+@pytest.mark.slow
 def test_rank_0_alone_loads_the_weights_and_layers_are_recomputed(runs, tiny, train_file, tmp_path):
     flags = flags_of(tiny, train_file, tmp_path / "run", 2, gradient_checkpointing=True)
     result = launch("fsdp2.yaml", flags, tmp_path, ("--fsdp_cpu_ram_efficient_loading", "true"))
@@ -286,6 +290,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_nodes(runs, tiny, train_file, tmp_path, two_hosts, kind):
     prefixes, address, interface = two_hosts
