@@ -285,8 +285,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     # Data, before any weight is loaded.
+    data = None
     with accelerator.main_process_first():
-        data = prepare_data(args)
+        try:
+            data = prepare_data(args)
+        except UsageError as error:  # raised below: a rank that left now would leave the others at a barrier
+            unusable = error
+    if data is None:
+        raise unusable
     require_fitting(data, model_config, vocabulary)
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):

@@ -122,7 +122,7 @@ def require_writable(output_dir: Path) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink()
+        (output_dir / ".writable").unlink(missing_ok=True)  # other ranks do the same
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
 

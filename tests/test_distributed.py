@@ -170,6 +170,15 @@ def test_a_killed_rank_ends_the_others_and_resume_reaches_the_same_end(runs, tin
     assert_same_course(tmp_path / "run", runs[name] / "run")
 
 
+def test_bad_data_is_one_line_from_rank_0(tiny, tmp_path):
+    (tmp_path / "rows.json").write_text('[{"instruction": "a", "output": ""}]')
+    result = launch("ddp.yaml", flags_of(tiny, tmp_path / "rows.json", tmp_path / "run", 2, validation_size=None,
+                                         eval_steps=None), tmp_path)  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("error: --train_file: row 0 has no answer") == 1
+    assert "[rank" not in result.stderr  # no rank died with a traceback of its own
+
+
 def test_fsdp_that_is_not_on_stops_the_run(tiny, train_file, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/fsdp2.yaml"]
     flags = flags_of(tiny, train_file, tmp_path / "run", 2)
