@@ -19,16 +19,33 @@ CONFIGS = {"one": "single.yaml", "ddp": "ddp.yaml", "fsdp": "fsdp2.yaml"}
 ROWS = {"one": 4, "ddp": 2, "fsdp": 2}  # per rank, for the same global batch of 4
 
 
+two_gpus = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two ranks on GPUs need two GPUs"),
+]
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=two_gpus)])
+def device(request) -> str:
+    """The same tests on gloo ranks on CPU and, where there are two, on GPUs."""
+    return request.param
+
+
 def launch(
-    config: str, flags: list[str], spy_dir: Path, topology: tuple[str, ...] = (), **environment: str
+    config: str,
+    flags: list[str],
+    spy_dir: Path,
+    topology: tuple[str, ...] = (),
+    device: str = "cpu",
+    **environment: str,
 ) -> subprocess.CompletedProcess:
-    """`accelerate launch` as the README has it, on CPU ranks; `topology` overrides lines of the config."""
+    """`accelerate launch` as the README has it; `topology` overrides lines of the config."""
     spy_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", f"accelerate_configs/{config}", "--main_process_port", "0", *topology]
     return subprocess.run(
         [*command, "tests/spy.py", "train_ist.py", *flags],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "SPY_DIR": str(spy_dir), **environment},
+        env={**os.environ, "ACCELERATE_USE_CPU": str(device == "cpu"), "SPY_DIR": str(spy_dir), **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -47,14 +64,14 @@ def flags_of(tiny: Path, train_file: Path, run: Path, rows: int, **overrides) ->
 
 
 @pytest.fixture(scope="session")
-def runs(tiny, train_file, tmp_path_factory) -> dict[str, Path]:
+def runs(tiny, train_file, tmp_path_factory, device) -> dict[str, Path]:
     """The same 30 steps, and a checkpoint every third of them, on each topology; two micro-batches on two ranks."""
     folders = {}
     for name, config in CONFIGS.items():
         folders[name] = tmp_path_factory.mktemp(name)
         sizes = (4, 1) if name == "one" else (1, 2)
         flags = flags_of(tiny, train_file, folders[name] / "run", sizes[0], gradient_accumulation_steps=sizes[1])
-        result = launch(config, flags, folders[name])
+        result = launch(config, flags, folders[name], device=device)
         assert result.returncode == 0, result.stderr[-3000:]
     return folders
 
@@ -128,13 +145,14 @@ def test_gradients_of_trained_layers_travel_and_no_others(runs, name):
     ("source", "target", "step"),
     [("fsdp", "one", 3), ("fsdp", "ddp", 18), ("one", "fsdp", 18), ("ddp", "fsdp", 3)],
 )
-def test_resume_on_another_topology(runs, tiny, train_file, tmp_path, source, target, step):
+def test_resume_on_another_topology(runs, device, tiny, train_file, tmp_path, source, target, step):
     config, rows = CONFIGS[target], ROWS[target]
     checkpoint = runs[source] / f"run/checkpoints/step_{step:06d}"
     if step == 3:
         assert 0 in json.loads((checkpoint / "checkpoint.json").read_text())["tuner"]["trained_counts"]
     options = {"resume_from_checkpoint": checkpoint, "save_steps": 100}
-    result = launch(config, flags_of(tiny, train_file, tmp_path / "run", rows, **options), tmp_path)
+    flags = flags_of(tiny, train_file, tmp_path / "run", rows, **options)
+    result = launch(config, flags, tmp_path, device=device)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = read_lines(tmp_path / "run/metrics.jsonl")
     whole = [line for line in read_lines(runs["one"] / "run/metrics.jsonl") if line["step"] > step]
@@ -159,13 +177,13 @@ def test_a_rank_that_draws_differently_is_caught(tiny, train_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_the_others_and_resume_reaches_the_same_end(runs, tiny, train_file, tmp_path, name):
+def test_a_killed_rank_ends_the_others_and_resume_reaches_the_same_end(runs, device, tiny, train_file, tmp_path, name):
     config, rows = CONFIGS[name], ROWS[name]
     flags = flags_of(tiny, train_file, tmp_path / "run", rows)
-    result = launch(config, flags, tmp_path, SPY_KILL="16")
+    result = launch(config, flags, tmp_path, device=device, SPY_KILL="16")
     assert result.returncode != 0
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-1] == "step_000015"
-    result = launch(config, [*flags, "--resume_from_checkpoint", "auto"], tmp_path)
+    result = launch(config, [*flags, "--resume_from_checkpoint", "auto"], tmp_path, device=device)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_course(tmp_path / "run", runs[name] / "run")
 
@@ -193,12 +211,12 @@ def test_fsdp_that_is_not_on_stops_the_run(tiny, train_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_bf16_fsdp_with_layers_frozen_from_the_first_step(tiny, train_file, tmp_path):
+def test_bf16_fsdp_with_layers_frozen_from_the_first_step(device, tiny, train_file, tmp_path):
     losses = {}
     for name in ("ddp", "fsdp"):
         options = {"bf16": True, "dtype": "bfloat16", "validation_size": 0, "eval_steps": None, "save_steps": None}
         flags = flags_of(tiny, train_file, tmp_path / name, 2, **options)
-        result = launch(CONFIGS[name], flags, tmp_path / f"spy-{name}")
+        result = launch(CONFIGS[name], flags, tmp_path / f"spy-{name}", device=device)
         assert result.returncode == 0, result.stderr[-3000:]
         metrics = read_lines(tmp_path / name / "metrics.jsonl")
         assert len(metrics[0]["trained_layers"]) == 1  # the others were frozen at the first step
@@ -224,12 +242,12 @@ def test_another_number_of_ranks_cuts_the_same_global_batch(runs, tiny, train_fi
 
 
 @pytest.mark.slow
-def test_qlora_on_two_ranks_trains_saves_and_resumes(tiny, train_file, tmp_path):
+def test_qlora_on_two_ranks_trains_saves_and_resumes(device, tiny, train_file, tmp_path):
     courses = {}
     for name in ("ddp_qlora", "fsdp2_qlora"):
         options = {"load_in_4bit": True, "max_steps": 12, "save_steps": 6, "eval_steps": 6}
         flags = flags_of(tiny, train_file, tmp_path / name, 2, **options)
-        result = launch(f"{name}.yaml", flags, tmp_path / f"spy-{name}")
+        result = launch(f"{name}.yaml", flags, tmp_path / f"spy-{name}", device=device)
         assert result.returncode == 0, result.stderr[-3000:]
         assert all(seen["linear_4bit"] == 4 * 7 for seen in spied(tmp_path / f"spy-{name}"))
         courses[name] = [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
@@ -238,16 +256,18 @@ def test_qlora_on_two_ranks_trains_saves_and_resumes(tiny, train_file, tmp_path)
     assert courses["ddp_qlora"][-1] < courses["ddp_qlora"][0]
     again = flags_of(tiny, train_file, tmp_path / "again", 2, **options)
     checkpoint = tmp_path / "ddp_qlora/checkpoints/step_000006"
-    result = launch("ddp_qlora.yaml", [*again, "--resume_from_checkpoint", str(checkpoint)], tmp_path / "spy-again")
+    result = launch(
+        "ddp_qlora.yaml", [*again, "--resume_from_checkpoint", str(checkpoint)], tmp_path / "spy-again", device=device
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     difference = adapter_of(tmp_path / "again") - adapter_of(tmp_path / "ddp_qlora")
     assert difference.norm() < 1e-6 * adapter_of(tmp_path / "ddp_qlora").norm()
 
 
 @pytest.mark.slow
-def test_rank_0_alone_loads_the_weights_and_layers_are_recomputed(runs, tiny, train_file, tmp_path):
+def test_rank_0_alone_loads_the_weights_and_layers_are_recomputed(runs, device, tiny, train_file, tmp_path):
     flags = flags_of(tiny, train_file, tmp_path / "run", 2, gradient_checkpointing=True)
-    result = launch("fsdp2.yaml", flags, tmp_path, ("--fsdp_cpu_ram_efficient_loading", "true"))
+    result = launch("fsdp2.yaml", flags, tmp_path, ("--fsdp_cpu_ram_efficient_loading", "true"), device)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_course(tmp_path / "run", runs["fsdp"] / "run")
 
