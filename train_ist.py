@@ -16,7 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -28,12 +28,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
+from peft import AdaLoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from ist import checkpoint as ckpt
+from ist.adapters.adalora import AdaLoraAllocation
 from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
 from ist.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
 from ist.distributed import (
@@ -45,7 +47,8 @@ from ist.distributed import (
     require_launcher,
     require_topology,
 )
-from ist.model import load_model, make_optimizer, plan_layers, require_fitting
+from ist.layers import adapter_state
+from ist.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
 from ist.report import (
     METRICS,
     RunRecord,
@@ -110,12 +113,20 @@ class DataArguments:
 class AdapterArguments:
     _argument_group_name = "adapter"
 
-    peft_method: Literal["lora"] = option("lora", "The adapter.")
+    peft_method: Literal["lora", "series", "parallel"] = option(
+        "lora", "LoRA, or a bottleneck adapter after (series) or beside (parallel) each target."
+    )
     lora_r: int = option(32, "Rank.")
     lora_alpha: int = option(64, "Scaling is lora_alpha / lora_r.")
     lora_dropout: float = option(0.05, "Dropout on the adapter's input.")
     target_modules: list[str] | None = option(
-        None, "Names of the modules to adapt; default q, k, v, up, down or the architecture's equivalents."
+        None,
+        "Names of the modules to adapt; default q, k, v, up, down or the architecture's equivalents (lora), "
+        "up, down (series), up, gate (parallel).",
+    )
+    bottleneck_size: int = option(256, "Width of series and parallel adapters.")
+    peft_config: str | None = option(
+        None, "Instead of all other adapter keys: a JSON file, any PEFT configuration as adapter_config.json has it."
     )
 
     def __post_init__(self) -> None:
@@ -124,6 +135,7 @@ class AdapterArguments:
         require(self.lora_r >= 1, "lora_r", "1 or more", self.lora_r)
         require(self.lora_alpha >= 1, "lora_alpha", "1 or more", self.lora_alpha)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        require(self.bottleneck_size >= 1, "bottleneck_size", "1 or more", self.bottleneck_size)
 
 
 @dataclass
@@ -177,9 +189,6 @@ class RunArguments:
         for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
-
-
-NOT_YET = ("bottleneck_size", "peft_config")
 
 
 def resolve_output_dir(args: Namespace, recipe: str | None) -> None:
@@ -252,7 +261,8 @@ class StopRequest:
 
 def main(argv: Sequence[str]) -> int:
     groups = (ModelArguments, DataArguments, AdapterArguments, ISTConfig, TrainArguments, RunArguments)
-    *parsed, recipe = parse_arguments(groups, argv, __doc__.split("\n")[0], NOT_YET)
+    others = [key.name for key in fields(AdapterArguments) if key.name != "peft_config"]
+    *parsed, recipe = parse_arguments(groups, argv, __doc__.split("\n")[0], alone=("peft_config", others))
     ist_config = next(group for group in parsed if isinstance(group, ISTConfig))
     args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
     require_consistent(args)
@@ -269,7 +279,8 @@ def main(argv: Sequence[str]) -> int:
     require_topology(accelerator, args.optim)
 
     # Layers, from the model's configuration; then the run folder: this run's own, or free.
-    layers, model_config, vocabulary = plan_layers(args)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    layers, model_config, vocabulary = plan_layers(args, sharded)
     counts = ist_config.counts(layers.n_layers)
     resolve_output_dir(args, recipe)
     output_dir = Path(args.output_dir)
@@ -294,12 +305,15 @@ def main(argv: Sequence[str]) -> int:
     if data is None:
         raise unusable
     require_fitting(data, model_config, vocabulary)
-    configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
-    if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):
-        raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
     max_steps = args.max_steps
     if max_steps == -1:
         max_steps = math.ceil(args.num_train_epochs * len(data.rows) / batch_size)
+    peft_config = make_peft_config(args, max_steps)
+    configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
+    if args.peft_config:
+        configuration["adapter"] = as_json(peft_config)
+    if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):
+        raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
 
     # From here on the run has a record, whatever becomes of it; no rank may still be looking whether there is one.
     require_writable(output_dir)
@@ -315,7 +329,7 @@ def main(argv: Sequence[str]) -> int:
     )
     stop = StopRequest()
     try:
-        return train(args, ist_config, accelerator, data, max_steps, checkpoint, record, stop)
+        return train(args, ist_config, accelerator, data, peft_config, max_steps, checkpoint, record, stop)
     except FloatingPointError as error:
         record.close("failed", error=str(error))
         accelerator.print(f"error: {error}", file=sys.stderr)
@@ -333,6 +347,7 @@ def train(
     ist_config: ISTConfig,
     accelerator: Accelerator,
     data: Data,
+    peft_config: PeftConfig,
     max_steps: int,
     checkpoint: tuple[Path, dict] | None,
     record: RunRecord,
@@ -345,7 +360,7 @@ def train(
 
     # Model -> adapter -> optimizer over all adapter parameters -> prepare -> tuner, which freezes. In this order: a
     # layer that is frozen when the optimizer is made would never move, and sharding replaces the parameters.
-    model = load_model(args, device)
+    model = load_model(args, peft_config, device)
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
@@ -357,6 +372,7 @@ def train(
     if sharded and not all(isinstance(parameter, DTensor) for parameter in peft_model.parameters()):
         raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
     parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    allocation = AdaLoraAllocation(peft_model) if isinstance(peft_config, AdaLoraConfig) else None
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer.optimizer, warmup, max_steps)
 
@@ -372,11 +388,17 @@ def train(
         peft_model, ist_config, lambda step: loss_over(rows, probe_rows(len(rows), args.probe_batch_size, seed, step))
     )
 
+    def whole_adapter() -> dict[str, Tensor]:
+        """All that makes up the adapter: what trains and what does not, by name."""
+        return adapter_state(peft_model) | parameters
+
     # Resume.
     finished, tokens, best, validation_loss = 0, 0, None, None
     if checkpoint:
         path, state = checkpoint
-        ckpt.load_adapter(path, parameters)
+        tensors = ckpt.load_adapter(path, whole_adapter())
+        if allocation:
+            allocation.load(tensors, state["rank_pattern"])
         ckpt.load_optimizer(path, state["optimizer"], optimizer.optimizer, parameters)
         scheduler.load_state_dict(state["scheduler"])
         for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -405,7 +427,8 @@ def train(
     if device.type == "cpu" and torch.get_num_threads() * world_size < (os.cpu_count() or 1):
         accelerator.print(f"using {torch.get_num_threads()} of {os.cpu_count()} CPU cores; OMP_NUM_THREADS sets it")
     if tuner.layers.outside:
-        accelerator.print(f"In no layer, so trained at every step: {', '.join(tuner.layers.outside)}")
+        names = ", ".join(tuner.layers.outside[:5]) + (", …" if len(tuner.layers.outside) > 5 else "")
+        accelerator.print(f"In no layer, or shared by several, so trained at every step: {names}")
     if warmup >= max_steps:
         accelerator.print(f"All {max_steps} steps are within the warm-up of {warmup}; --warmup_steps sets it.")
 
@@ -454,9 +477,11 @@ def train(
             "data": {"next_global_batch": finished},
             "rng": {"reseeded_by": ["seed", "step", "rank"], "seed": seed, "step": finished},
             **{"tokens": tokens, "best": best, "validation_loss": validation_loss},
+            "rank_pattern": allocation.config.rank_pattern if allocation else None,
         }
         write = accelerator.is_main_process
-        ckpt.save_checkpoint(output_dir, finished, parameters, optimizer.optimizer, state, write)
+        tensors = whole_adapter() | (allocation.tensors() if allocation else {})
+        ckpt.save_checkpoint(output_dir, finished, tensors, parameters, optimizer.optimizer, state, write)
         if write:
             keep = best["step"] if best and args.load_best_model_at_end else None
             ckpt.prune_checkpoints(output_dir, args.save_total_limit, keep)
@@ -491,13 +516,17 @@ def train(
             loss += micro_loss.detach()
         if not sharded:
             reduce_gradients(tuner.trained_parameters())
+        if allocation:
+            allocation.add_regularization()
         grad_norm = accelerator.clip_grad_norm_(tuner.trained_parameters(), args.max_grad_norm or math.inf)
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
+        finished += 1
+        if allocation:
+            allocation.step(finished)
         optimizer.zero_grad(set_to_none=True)
 
-        finished += 1
         progress.update()
         window_steps += 1
         window_tokens += sum(lengths[i] for i in indices)
@@ -551,8 +580,10 @@ def train(
         return 3
     if best:
         accelerator.wait_for_everyone()  # until the main process has written it
-        ckpt.load_adapter(checkpoints / ckpt.step_name(best["step"]), parameters)
-    ckpt.save_adapter(peft_model, parameters, args, record.summary, accelerator.is_main_process)
+        tensors = ckpt.load_adapter(checkpoints / ckpt.step_name(best["step"]), whole_adapter())
+        if allocation:
+            allocation.load(tensors, ckpt.read_state(checkpoints / ckpt.step_name(best["step"]))["rank_pattern"])
+    ckpt.save_adapter(peft_model, whole_adapter(), args, record.summary, accelerator.is_main_process)
     losses = [line["loss"] for line in read_lines(output_dir / METRICS) if "loss" in line]
     final = {"final_train_loss": losses[-1] if losses else None, "final_validation_loss": validation_loss}
     record.close("finished", **facts, **final)

@@ -89,9 +89,24 @@ def _split_optimizer(
     return tensors, numbers
 
 
+def _gathered(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and whole, on every rank; one tensor under several names stays one."""
+    whole = {id(tensor): full_tensor(tensor).detach().cpu() for tensor in adapter.values()}
+    return {name: whole[id(tensor)] for name, tensor in adapter.items()}
+
+
+def _once(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor under the first of its names."""
+    first: dict[int, str] = {}
+    for name, tensor in adapter.items():
+        first.setdefault(id(tensor), name)
+    return {name: adapter[name] for name in first.values()}
+
+
 def save_checkpoint(
     output_dir: Path,
     step: int,
+    adapter: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict,
@@ -100,10 +115,11 @@ def save_checkpoint(
     """Write output_dir/checkpoints/step_000100 after `step` finished steps. All ranks call it, one with `write`.
 
     Args:
-        parameters: the adapter's parameters by name, trained now or not.
+        adapter: what `load_adapter` gives back and puts in place, by name.
+        parameters: those of the adapter that train, now or at another step, by name.
         state: JSON-ready; what `load_checkpoint` gives back.
     """
-    adapter = {name: full_tensor(p).detach().cpu().contiguous() for name, p in parameters.items()}
+    adapter = {name: tensor.contiguous() for name, tensor in _gathered(_once(adapter)).items()}
     tensors, numbers = _split_optimizer(optimizer, parameters)
     final = output_dir / "checkpoints" / step_name(step)
     if not write:
@@ -162,18 +178,19 @@ def find_checkpoint(output_dir: Path, request: str | None) -> tuple[Path, dict] 
     return Path(request), state
 
 
-def load_adapter(path: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Copy a checkpoint's adapter into `parameters`.
+def load_adapter(path: Path, adapter: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy a checkpoint's adapter into the tensors of `adapter`; all that the checkpoint has is returned as well.
 
     Raises:
         UsageError: the file is damaged, or its names or shapes are not the model's.
     """
     tensors = _load(path / "adapter.safetensors")
-    for name, parameter in parameters.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
+    for name, tensor in _once(adapter).items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
             raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: {name} differs.")
         with torch.no_grad():
-            parameter.copy_(like(tensors[name], parameter))
+            tensor.copy_(like(tensors[name], tensor))
+    return tensors
 
 
 def load_optimizer(
@@ -202,33 +219,37 @@ def _load(path: Path) -> dict[str, Tensor]:
 MODEL_CARD = """---
 base_model: {base}
 library_name: peft
-tags: [ist, lora]
+tags: [ist, {method}]
 ---
 A {method} adapter for `{base}`, trained with Importance-aware Sparse Tuning (arXiv 2410.11772).
 Selection `{selection}`: {trained} of {n_layers} layers per step, {steps} steps of {batch} rows. `run.json` beside this
 folder has everything else.
 
 ```python
-from peft import PeftModel
+{registration}from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
 ```
 """
 
 
-def save_adapter(
-    model: PeftModel, parameters: dict[str, nn.Parameter], args: Namespace, summary: dict, write: bool
-) -> None:
-    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it."""
+def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, summary: dict, write: bool) -> None:
+    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
+
+    `adapter` is, by name, what PEFT may look for in the model's state_dict.
+    """
     output_dir = Path(args.output_dir)
     temporary = output_dir / ".saving-adapter"
-    whole = {name: full_tensor(parameter).detach().cpu() for name, parameter in parameters.items()}
+    whole = _gathered(adapter)
     if not write:
         return
     model.save_pretrained(temporary, state_dict=whole)
+    method = model.peft_config["default"].peft_type.value
+    ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
     card = MODEL_CARD.format(
         base=args.model_name_or_path,
-        method=args.peft_method,
+        method=method,
+        registration=ours,
         selection=args.selection,
         trained=summary["layer_counts"]["trained"],
         n_layers=summary["layer_counts"]["n_layers"],

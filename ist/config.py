@@ -173,11 +173,11 @@ def _yaml_as_flags(path: str) -> list[str]:
 
 
 def parse_arguments(
-    groups: Sequence[type], argv: Sequence[str], description: str, unavailable: Sequence[str] = ()
+    groups: Sequence[type], argv: Sequence[str], description: str, alone: tuple[str, Sequence[str]] = ("", ())
 ) -> tuple:
     """Read `argv` (and the YAML file named by its --config) into one instance of each dataclass in `groups`.
 
-    `unavailable` names keys of the design that this version does not have: they are refused as such, not as typos.
+    `alone` is a key and those that must not be given along with it.
 
     Raises:
         UsageError: unknown key, bad value, unreadable YAML. The dataclasses' own checks raise it too.
@@ -196,16 +196,18 @@ def parse_arguments(
         else:
             flags.append(flag)
     flags = (_yaml_as_flags(recipe) if recipe else []) + flags
+    given = []
     for flag in flags:
         if flag.startswith("--"):
             key = flag[2:].split("=")[0].replace("-", "_")
-            if key in unavailable:
-                raise UsageError(f"--{key} is not available in this version.")
+            given.append(key)
             if key not in [*known, "help", "config"]:
                 close = difflib.get_close_matches(key, known, n=1)
                 raise UsageError(
                     f"unknown key --{key}." + (f" Did you mean --{close[0]}?" if close else " See --help.")
                 )
+    if alone[0] in given and (others := [f"--{key}" for key in given if key in alone[1]]):
+        raise UsageError(f"--{alone[0]} says it all: leave out {', '.join(others)}.")
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         flags, return_remaining_strings=True, look_for_args_file=False
     )

@@ -23,6 +23,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.checkpoint import write_json
 from ist.config import UsageError, brief, parse_arguments, require, run_command
 from ist.data import load_rows, make_prompt

@@ -5,23 +5,23 @@ Layers are found by structure: the ModuleList whose members contain the injected
 
 from collections.abc import Iterable
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
 
 from ist.config import UsageError
 
-# The paper's q, k, v, up, down, and what carries those roles under other names (fused, or of older architectures).
-ADAPTER_TARGETS = (
-    *("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
-    *("qkv_proj", "query_key_value", "c_attn", "gate_up_proj"),
-    *("fc1", "fc2", "fc_in", "fc_out", "c_fc", "mlp.c_proj", "dense_h_to_4h", "dense_4h_to_h"),
-)
+# The paper's targets (Table 9), and what carries those roles under other names (fused, or of older architectures).
+_QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
+_UP = ("up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
+_GATE = ("gate_proj",)
+_DOWN = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h")
+DEFAULT_TARGETS = {"lora": (*_QKV, *_UP, *_DOWN), "series": (*_UP, *_DOWN), "parallel": (*_UP, *_GATE)}
 
 
-def default_target_modules(model: nn.Module) -> list[str]:
-    """The names of `ADAPTER_TARGETS` that `model` has."""
+def default_target_modules(model: nn.Module, method: str = "lora") -> list[str]:
+    """The names of `DEFAULT_TARGETS` that `model` has."""
     names = [f".{name}" for name, _ in model.named_modules()]
-    return [target for target in ADAPTER_TARGETS if any(name.endswith(f".{target}") for name in names)]
+    return [target for target in DEFAULT_TARGETS[method] if any(name.endswith(f".{target}") for name in names)]
 
 
 def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
@@ -39,14 +39,18 @@ class LayerMap:
 
     Build it after `accelerator.prepare` (on the unwrapped model): sharding replaces parameters.
 
+    A parameter that several layers share (VB-LoRA's vector bank) belongs to none of them, as one outside the layers.
+
     Attributes:
         names: [N_L] module path of each layer, e.g. "base_model.model.model.layers.0".
         modules: [N_L] lists of the layer's tuner modules (outermost ones).
         parameters: [N_L] lists of the layer's trainable parameters, as they were when the map was built.
-        outside: names of the trainable parameters in no layer (an adapter on the embeddings or the head).
+        outside: names of the trainable parameters of no layer: on the embeddings or the head, or shared.
+        shared: those of `outside` that several layers share.
 
     Raises:
-        UsageError: the model has no adapter modules inside a list of layers, or in more than one list.
+        UsageError: no adapter module sits inside a list of layers, or in more than one list; or a layer has no
+            trainable parameters of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,15 +78,27 @@ class LayerMap:
         self.modules = [tuners[key] for key in keys]
         self.parameters: list[list[nn.Parameter]] = [[] for _ in keys]
         self.outside: list[str] = []
+        self.shared: list[str] = []
         index = {name: i for i, name in enumerate(self.names)}
-        for name, parameter in model.named_parameters():
+        owners: dict[nn.Parameter, set[int | None]] = {}
+        first_name = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
                 layer = _enclosing_layer(model, name)
-                i = index.get(f"{layer[0]}.{layer[1]}") if layer else None
-                if i is None:
-                    self.outside.append(name)
-                else:
-                    self.parameters[i].append(parameter)
+                owners.setdefault(parameter, set()).add(index.get(f"{layer[0]}.{layer[1]}") if layer else None)
+                first_name.setdefault(parameter, name)
+        for parameter, layers in owners.items():
+            if len(layers) == 1 and None not in layers:
+                self.parameters[layers.pop()].append(parameter)
+            else:
+                self.outside.append(first_name[parameter])
+                if len(layers) > 1:
+                    self.shared.append(first_name[parameter])
+        if not all(self.parameters):
+            raise UsageError(
+                "the adapter's trainable parameters are shared between layers and some layer has none of its own, so "
+                "no layer can rest while another trains. Use another method."
+            )
 
     @property
     def n_layers(self) -> int:
@@ -92,6 +108,21 @@ class LayerMap:
         """The tuner modules of every layer but `kept`."""
         kept = set(kept)
         return [module for i, modules in enumerate(self.modules) if i not in kept for module in modules]
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """All that the adapters of a PEFT model add to its state_dict, by name: parameters and saved buffers.
+
+    More than what trains: AdaLoRA's rank numbers, SHiRA's indices. What layers share comes once for each of its names.
+    """
+    state: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        wrapped = "model." if isinstance(module, BaseTuner) else "base_layer."
+        if isinstance(module, (BaseTuner, BaseTunerLayer)):
+            for key, tensor in module.state_dict(prefix=f"{path}.", keep_vars=True).items():
+                if not key.startswith(f"{path}.{wrapped}"):
+                    state[key] = tensor
+    return state
 
 
 def drop_input_grad_hooks(model: nn.Module) -> None:

@@ -1,28 +1,121 @@
 """From arguments to a PEFT model and its optimizer; what is wrong with them shows before any weight is loaded."""
 
+import json
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import bitsandbytes
 import torch
 from accelerate.utils import set_seed
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
+from ist.adapters import ParallelConfig, SeriesConfig
 from ist.config import UsageError, brief
 from ist.data import Data
 from ist.layers import LayerMap, default_target_modules, drop_input_grad_hooks
 
+NO_LAYER_RESPONSE = {
+    PeftType.ADAPTION_PROMPT: "it adds prompts inside attention",
+    PeftType.POLY: "it routes whole tasks to adapters, and there are no tasks here",
+    PeftType.SHADOW: "it runs a second model beside the layers",
+    PeftType.XLORA: "it mixes adapters that were trained before",
+}
+# These compute with the base weights as they lie in memory. Packed ones look like floats, and give errors or nonsense.
+NEEDS_PLAIN_WEIGHTS = {
+    *(PeftType.ADAMSS, PeftType.DEFT, PeftType.DELORA, PeftType.FROD, PeftType.GLORA, PeftType.HRA, PeftType.LOHA),
+    *(PeftType.LOKR, PeftType.OSF, PeftType.PEANUT, PeftType.PSOFT, PeftType.SUPERTUNING),
+}
 
-def make_peft_config(args: Namespace) -> LoraConfig:
-    return LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
-        task_type="CAUSAL_LM",
+
+def _read_peft_config(args: Namespace, total_steps: int) -> PeftConfig:
+    """The PEFT configuration of args.peft_config.
+
+    Raises:
+        UsageError: not such a file, or a method that training by layers cannot serve.
+    """
+    key = f"--peft_config {args.peft_config}"
+    try:
+        values = json.loads(Path(args.peft_config).read_text())
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[str(values["peft_type"]).upper()]
+    except OSError as error:
+        raise UsageError(f"{key} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{key} is not a PEFT configuration in JSON: {brief(error)}") from error
+    except KeyError as error:
+        known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise UsageError(f"{key}: peft_type must be one of {known}; got {values.get('peft_type')}.") from error
+    # As adapter_config.json has them, for an adapter that was saved: neither is meant here.
+    values = {"task_type": "CAUSAL_LM", **values, "inference_mode": False, "base_model_name_or_path": None}
+    unknown = values.keys() - {field.name for field in fields(config_class)}
+    if unknown:
+        raise UsageError(f"{key}: {config_class.__name__} has no {', '.join(sorted(unknown))}.")
+    if issubclass(config_class, AdaLoraConfig):
+        values["total_step"] = values.get("total_step") or total_steps
+    try:
+        config = config_class(**values)
+    except Exception as error:  # whatever a configuration raises here, it is about its values
+        raise UsageError(f"{key}: {brief(error)}") from error
+    return config
+
+
+def require_served(config: PeftConfig, args: Namespace, sharded: bool) -> None:
+    """Refuse methods without a response per layer, and those that would train otherwise than their papers say.
+
+    Raises:
+        UsageError: naming the method and the reason.
+    """
+    initialisation = str(getattr(config, "init_lora_weights", ""))
+    if config.is_prompt_learning:
+        reason = "it learns a prompt, so no layer has a response of its own that can be suppressed"
+    elif config.peft_type in NO_LAYER_RESPONSE:
+        reason = f"{NO_LAYER_RESPONSE[config.peft_type]}, so no layer has a response of its own that can be suppressed"
+    elif isinstance(config, AdaLoraConfig) and config.target_r >= config.init_r:
+        reason = f"target_r {config.target_r} must be below init_r {config.init_r}, or there is no rank to take away"
+    elif getattr(config, "use_asa", False):
+        reason = "use_asa chooses itself what trains; set it to false"
+    elif initialisation in ("eva", "corda", "lora_ga"):
+        reason = f"init_lora_weights {initialisation} needs a pass over data first, which is not made here"
+    elif getattr(config, "monteclora_config", None) or getattr(config, "kasa_config", None):
+        reason = "its training loss has a term of its own, which is not added here"
+    elif args.load_in_4bit and (config.peft_type in NEEDS_PLAIN_WEIGHTS or initialisation.startswith("pissa")):
+        what = "init_lora_weights pissa" if initialisation.startswith("pissa") else "it"
+        reason = f"{what} computes with the base weights themselves, which --load_in_4bit packs"
+    elif sharded and config.peft_type == PeftType.OSF:
+        reason = "it projects gradients by hooks on parameters, which FSDP does not run: use DDP"
+    else:
+        return
+    raise UsageError(f"--peft_config {args.peft_config}: {config.peft_type.value} is not served: {reason}.")
+
+
+def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig:
+    """The adapter that the arguments describe; `total_steps` is for methods that have a schedule (AdaLoRA).
+
+    Raises:
+        UsageError: --peft_config names no usable configuration.
+    """
+    if args.peft_config:
+        return _read_peft_config(args, total_steps)
+    if args.peft_method in ("series", "parallel"):
+        config_class = {"series": SeriesConfig, "parallel": ParallelConfig}[args.peft_method]
+        options = {"bottleneck_size": args.bottleneck_size}
+    else:
+        config_class = LoraConfig
+        options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
+    return config_class(**options, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def as_json(config: PeftConfig) -> dict:
+    """A PEFT configuration as run.json holds it."""
+    return json.loads(
+        json.dumps(config.to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     )
 
 
@@ -32,7 +125,9 @@ def resolve_targets(args: Namespace, model: nn.Module) -> None:
     Raises:
         UsageError: there is no default for this model, or a name fits no module.
     """
-    args.target_modules = args.target_modules or default_target_modules(model)
+    if args.peft_config:
+        return
+    args.target_modules = args.target_modules or default_target_modules(model, args.peft_method)
     if not args.target_modules:
         raise UsageError("--target_modules has no default for this architecture: name the modules to adapt.")
     names = [f".{name}" for name, _ in model.named_modules()]
@@ -43,21 +138,26 @@ def resolve_targets(args: Namespace, model: nn.Module) -> None:
         raise UsageError("--target_modules all-linear stands alone.")
 
 
-def plan_layers(args: Namespace) -> tuple[LayerMap, PretrainedConfig, int]:
+def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedConfig, int]:
     """(layers that will carry adapters, model config, rows of the embedding), from a skeleton without weights.
 
-    What is wrong with a model shows here, before its weights are loaded; args.dtype and args.target_modules get what
-    their defaults mean for it.
+    What is wrong with a model or an adapter shows here, before weights are loaded; args.dtype and args.target_modules
+    get what their defaults mean for the model.
 
     Raises:
-        UsageError: not a model, not a causal language model, no such target modules, no list of layers.
+        UsageError: not a model, not a causal language model, no such target modules, no list of layers, a PEFT method
+            that training by layers cannot serve (on a model that is `sharded`).
     """
     name = f"--model_name_or_path {args.model_name_or_path}"
     options = {"trust_remote_code": args.trust_remote_code}
+
+    def skeleton(config: PretrainedConfig) -> nn.Module:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, **options)
+
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **options)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, **options)
+        model = skeleton(config)
     except Exception as error:  # whatever transformers raises here, it is about the model that was named
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} comes with code of its own; --trust_remote_code true runs it.") from error
@@ -69,13 +169,38 @@ def plan_layers(args: Namespace) -> tuple[LayerMap, PretrainedConfig, int]:
         raise UsageError(f"{name} has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
     if args.dtype == "auto" and config.dtype is not None:
         args.dtype = str(config.dtype).removeprefix("torch.")
-    vocabulary = skeleton.get_input_embeddings().num_embeddings
-    resolve_targets(args, skeleton)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    resolve_targets(args, model)
+    peft_config = make_peft_config(args)
+    require_served(peft_config, args, sharded)
     try:
-        layers = LayerMap(get_peft_model(skeleton, make_peft_config(args), low_cpu_mem_usage=True))
-    except ValueError as error:
-        raise UsageError(f"--target_modules: {brief(error)}") from error
+        with _adapter_errors(args):
+            model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+    except UsageError as error:
+        if "meta" not in str(error):
+            raise
+        # A method that starts from the base weights (SHiRA, FRoD): LoRA on the same modules stands in for it here.
+        keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+        like = LoraConfig(r=1, **{key: getattr(peft_config, key) for key in keys if hasattr(peft_config, key)})
+        model = get_peft_model(skeleton(config), like, low_cpu_mem_usage=True)
+    with _adapter_errors(args):
+        layers = LayerMap(model)
+        if sharded and layers.shared:
+            raise UsageError(
+                "layers share trainable parameters, which cannot be sharded layer by layer; use "
+                "accelerate_configs/ddp.yaml."
+            )
     return layers, config, vocabulary
+
+
+@contextmanager
+def _adapter_errors(args: Namespace) -> Iterator[None]:
+    """Each PEFT method has its own ways to say that a model or a value does not suit it: one line, naming the key."""
+    key = f"--peft_config {args.peft_config}" if args.peft_config else "--target_modules"
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{key}: {brief(error)}") from error
 
 
 def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> None:
@@ -92,7 +217,7 @@ def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> No
         )
 
 
-def load_model(args: Namespace, device: torch.device) -> PeftModel:
+def load_model(args: Namespace, peft_config: PeftConfig, device: torch.device) -> PeftModel:
     if args.load_in_4bit:
         dtype = torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32
         quantization = BitsAndBytesConfig(
@@ -119,7 +244,8 @@ def load_model(args: Namespace, device: torch.device) -> PeftModel:
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_seed(args.seed)
-    model = get_peft_model(base, make_peft_config(args))
+    with _adapter_errors(args):
+        model = get_peft_model(base, peft_config)
     drop_input_grad_hooks(model)
     return model.train()
 

@@ -103,12 +103,20 @@ def require_tracker(report_to: str) -> None:
 # What a resumed run may change: where and how it reports, saves and cuts its batches, not what it computes.
 FREE_KEYS = {
     *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
-    *("report_to", "run_name", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("report_to", "run_name", "per_device_train_batch_size", "gradient_accumulation_steps", "peft_config"),
 }
+
+
+def _flat(configuration: dict) -> dict:
+    """{"adapter": {"r": 4}} as {"adapter.r": 4}."""
+    nested = {key: value for key, value in configuration.items() if isinstance(value, dict)}
+    flat = {f"{key}.{inner}": value for key, values in nested.items() for inner, value in values.items()}
+    return flat | {key: value for key, value in configuration.items() if key not in nested}
 
 
 def differing_keys(there: dict, here: dict) -> str:
     """What stands in the way of going on with a run of configuration `there`; empty when nothing does."""
+    there, here = _flat(there), _flat(here)
     keys = sorted((there.keys() & here.keys()) - FREE_KEYS)
     return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key])
 

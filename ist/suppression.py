@@ -8,19 +8,26 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
+# What PEFT passes to its own layers beside the base layer's arguments.
+_PEFT_ONLY = ("adapter_names", "alora_offsets", "task_ids")
+
 
 @contextmanager
-def suppress(modules: Iterable[BaseTunerLayer], gate: float) -> Iterator[None]:
+def suppress(modules: Iterable[BaseTunerLayer], gate: float | Tensor) -> Iterator[None]:
     """Within the context, the response of each PEFT module is multiplied by `gate`: 1 full, 0 that of its base layer.
 
     Exact at both ends, bit for bit. The hooks go when the context ends, by an exception as well.
 
+    Args:
+        gate: a number, or a [B] tensor: one per row of the batch, so that one forward holds several candidate sets.
+
     Raises:
-        ValueError: an adapter is merged into its base layer: its response can no longer be told apart.
+        ValueError: an adapter is merged into its base layer: its response can no longer be told apart; or, in the
+            forward, the gates are not as many as the rows.
     """
     handles: list[RemovableHandle] = []
     try:
@@ -32,28 +39,34 @@ def suppress(modules: Iterable[BaseTunerLayer], gate: float) -> Iterator[None]:
             handle.remove()
 
 
-def _gate(module: BaseTunerLayer, gate: float) -> list[RemovableHandle]:
+def _gate(module: BaseTunerLayer, gate: float | Tensor) -> list[RemovableHandle]:
     if module.merged:
         raise ValueError("an adapter is merged into its base layer; unmerge it before measuring importance")
-    base_calls: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+    base_calls: list[tuple[Tensor | None, Tensor, int]] = []
 
     def forget(module, args):
         base_calls.clear()
 
     def capture(base_layer, args, output):
-        base_calls.append((args[0], output, output._version))
+        base_calls.append((args[0] if args else None, output, output._version))
 
     def interpolate(module, args, kwargs, adapted):
         # LoRA calls its base layer once, on the input it was given: that output is the base. Methods that rotate or
         # scale the input first, or write into the base's output, show it here; for them the base is computed anew.
         match base_calls:
-            case [(x, base, version)] if x is args[0] and base is not adapted and base._version == version:
+            case [(x, base, version)] if args and x is args[0] and base is not adapted and base._version == version:
                 pass
             case _:
+                kwargs = {key: value for key, value in kwargs.items() if key not in _PEFT_ONLY}
                 base = module.get_base_layer()(*args, **kwargs)
         base_calls.clear()
+        weight = gate
+        if isinstance(gate, Tensor):
+            if gate.shape != adapted.shape[:1]:
+                raise ValueError(f"{list(gate.shape)} gates for a response of shape {list(adapted.shape)}")
+            weight = gate.to(adapted).view(-1, *[1] * (adapted.dim() - 1))
         # lerp is exact at 0 and at 1; base + gate * (adapted - base) is exact at neither in bf16.
-        return torch.lerp(base.to(adapted.dtype), adapted, gate)
+        return torch.lerp(base.to(adapted.dtype), adapted, weight)
 
     return [
         module.register_forward_pre_hook(forget),
@@ -69,19 +82,30 @@ def _has_dropout(module: nn.Module) -> bool:
     return any("dropout" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
 
 
+def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The PEFT modules and what is theirs, not their base layers."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            yield module
+            for name, child in module.named_children():
+                if name != "base_layer":
+                    yield from child.modules()
+
+
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout: how losses are measured, by probes and by validation.
+    """No gradients, no dropout, nothing that adapters sample: how losses are measured, by probes and by validation.
 
-    The rest of the model stays in train mode: in eval mode, bitsandbytes packs 4-bit weights on CPU at the first
+    The base model stays in train mode: in eval mode, bitsandbytes packs 4-bit weights on CPU at the first
     forward, and training loses its gradients afterwards in silence. Not inference_mode: FSDP2 cannot train after it.
     """
-    dropouts = [module for module in model.modules() if module.training and _has_dropout(module)]
-    for module in dropouts:
+    quiet = {module for module in model.modules() if _has_dropout(module)} | set(_adapter_modules(model))
+    quiet = [module for module in quiet if module.training]
+    for module in quiet:
         module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in dropouts:
+        for module in quiet:
             module.training = True

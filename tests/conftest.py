@@ -48,10 +48,8 @@ def rows() -> list[dict]:
     return arithmetic_rows(60, seed=1, held_out=False)
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory, rows) -> Path:
+def make_tiny(folder: Path, rows: list[dict]) -> Path:
     """A folder with a 4-layer random Llama and a BPE tokenizer trained on the rows."""
-    folder = tmp_path_factory.mktemp("tiny")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -64,6 +62,11 @@ def tiny(tmp_path_factory, rows) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, rows) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"), rows)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
 """`accelerate launch ... tests/spy.py train_ist.py ...`: a real launch, watched from inside; and FSDP2 on CPU.
 
-Accelerate turns FSDP off on CPU and says nothing. Here it is set as the launcher's config asks, for tests only; what
-runs then is Accelerate's and torch's own FSDP2 on gloo ranks.
-
 Writes $SPY_DIR/rank<r>.json: the scores, whether every parameter is a DTensor, and the bytes that gradients travelled
 with, per optimizer step and collective. SPY_REBEL=<step>: rank 1 draws other layers from that step on.
 SPY_KILL=<step>: rank 1 dies by SIGKILL in the middle of that step.
@@ -17,9 +14,8 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from bitsandbytes.nn import Linear4bit
+from fsdp_on_cpu import turn_on_fsdp
 from torch.distributed.tensor import DTensor
 
 script = sys.argv[1]
@@ -35,18 +31,6 @@ travelled: list[Counter] = []
 
 def patch(owner, name, wrapper):
     setattr(owner, name, wrapper(getattr(owner, name)))
-
-
-def with_fsdp(original):
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            plugin = FullyShardedDataParallelPlugin()
-            if self._mixed_precision != "no":
-                plugin.set_mixed_precision(self._mixed_precision)
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
-
-    return init
 
 
 def counted(original):
@@ -94,7 +78,7 @@ def rebellious(original):
     return trained
 
 
-patch(AcceleratorState, "__init__", with_fsdp)
+turn_on_fsdp()
 for collective in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single"):
     if hasattr(dist, collective):
         patch(dist, collective, counted)

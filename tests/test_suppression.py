@@ -1,11 +1,12 @@
 """Suppression against PEFT's own outputs and against a per-module reference in float64 without hooks."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
 from conftest import tiny_config
-from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
+from peft import BOFTConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PveraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -111,11 +112,77 @@ def test_the_model_is_untouched_afterwards_also_by_an_exception():
     assert scaling == [dict(module.scaling) for module in layers.tuners_outside([])]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_gate_for_each_row_of_the_batch(method):
+    """Three candidate sets in one forward: layer i has a vector, the gate of each set."""
+    model, layers, ids = make(method, torch.float64)
+    row = ids[:1]
+    kept = [[0, 1], [1, 3], [0, 2]]
+    apart = []
+    for candidate in kept:
+        with suppress(layers.tuners_outside(candidate), 0.25):
+            apart.append(model(row).logits)
+    with ExitStack() as stack:
+        for i, modules in enumerate(layers.modules):
+            stack.enter_context(suppress(modules, torch.tensor([1.0 if i in set_ else 0.25 for set_ in kept])))
+        together = model(row.expand(3, -1)).logits
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-10, rtol=0)
+    assert (apart[0] - apart[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_as_many_gates_as_rows_or_an_error():
+    model, layers, ids = make()
+    with pytest.raises(ValueError, match=r"\[2\] gates for a response of shape \[3, 17, 32\]"):
+        with suppress(layers.tuners_outside([]), torch.ones(2)):
+            model(ids)
+    assert hooks(model) == 0
+
+
+@torch.no_grad()
+def test_what_peft_passes_to_its_layers_does_not_reach_the_base():
+    """Each row of the batch with an adapter of its own, or none: LoRA then writes into its base's output."""
+    model, layers, ids = make()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    names = ["default", "other", "__base__"]
+    mixed = model(ids, adapter_names=names).logits
+    with model.disable_adapter():
+        base = model(ids).logits
+    with suppress(layers.tuners_outside([]), 1.0):
+        assert torch.equal(model(ids, adapter_names=names).logits, mixed)
+    with suppress(layers.tuners_outside([]), 0.0):
+        torch.testing.assert_close(model(ids, adapter_names=names).logits, base)
+    assert not torch.equal(mixed[0], base[0])
+
+
 def test_a_merged_adapter_is_refused():
     model, layers, _ = make()
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"), suppress(layers.tuners_outside([]), 0.25):
         pass
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=4, rank_dropout=0.5, module_dropout=0.5, target_modules=TARGETS, init_weights=False),
+        BOFTConfig(boft_block_size=4, boft_dropout=0.5, target_modules=TARGETS, init_weights=False),
+        PveraConfig(r=8, target_modules=TARGETS, init_weights=False),  # samples its response in training
+    ],
+    ids=["loha", "boft", "pvera"],
+)
+def test_measuring_turns_off_what_adapters_draw_at_random(config):
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(tiny_config()), config).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.randint(0, 400, (2, 9))
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    with measuring(model):
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_measuring_turns_off_dropout_of_every_kind_and_nothing_else():

@@ -519,7 +519,11 @@ BAD_INPUT = {
     "validation key": ({"eval_steps": 5}, "--eval_steps needs --validation_file"),
     "validation size": ({"validation_size": 60}, "--validation_size must be less than the 60 rows"),
     "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be none, auto or"),
-    "later": ({"peft_config": "lora.json"}, "--peft_config is not available"),
+    "bottleneck": ({"bottleneck_size": 0}, "--bottleneck_size must be 1 or more; got 0"),
+    "peft_config and a key": (
+        {"peft_config": "lora.json"},
+        "--peft_config says it all: leave out --lora_r, --lora_alpha",
+    ),
     "float16": ({"dtype": "float16"}, "--dtype: invalid choice: 'float16'"),
 }
 
@@ -531,6 +535,79 @@ def test_bad_input_is_one_clear_line(train, tmp_path, name):
         train(**options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+BAD_PEFT_CONFIG = {
+    "no file": (None, "cannot be read: No such file"),
+    "not JSON": ("{", "is not a PEFT configuration in JSON"),
+    "a list": ("[1]", "is not a PEFT configuration in JSON"),
+    "no type": ('{"r": 4}', "peft_type must be one of ADALORA, .*; got None"),
+    "unknown type": ('{"peft_type": "lorra"}', "peft_type must be one of .*; got lorra"),
+    "unknown key": ('{"peft_type": "LORA", "rank": 4}', "LoraConfig has no rank"),
+    "bad value": ('{"peft_type": "SERIES", "non_linearity": "rleu"}', "non_linearity must be one of"),
+    "bad rank": ('{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}', "`r` should be a positive integer"),
+    "no target": ('{"peft_type": "LORA", "target_modules": ["w_query"]}', "Target modules .*w_query.* not found"),
+    "a prompt": ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', "PREFIX_TUNING is not served: it learns"),
+    "data first": ('{"peft_type": "LORA", "init_lora_weights": "eva"}', "needs a pass over data"),
+    "no rank to take": ('{"peft_type": "ADALORA", "init_r": 4, "target_r": 4}', "target_r 4 must be below init_r 4"),
+    "schedule": (
+        '{"peft_type": "ADALORA", "target_modules": ["q_proj"], "tinit": 15, "tfinal": 10}',
+        "don't allow for a budgeting phase",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PEFT_CONFIG)
+def test_a_bad_peft_config_is_one_clear_line(train, tmp_path, name):
+    text, message = BAD_PEFT_CONFIG[name]
+    if text:
+        (tmp_path / "peft.json").write_text(text)
+    with pytest.raises(UsageError, match=f"--peft_config {tmp_path / 'peft.json'}.*{message}") as error:
+        train(peft_config=tmp_path / "peft.json", lora_r=None, lora_alpha=None)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_needs_plain_weights_is_refused_on_packed_ones(train, tmp_path):
+    (tmp_path / "peft.json").write_text('{"peft_type": "LOHA", "target_modules": ["q_proj"]}')
+    with pytest.raises(UsageError, match=r"LOHA is not served: .*--load_in_4bit packs"):
+        train(peft_config=tmp_path / "peft.json", load_in_4bit=True, lora_r=None, lora_alpha=None)
+
+
+def test_a_peft_config_with_some_layers_and_a_module_trained_whole(train, tmp_path):
+    """As PEFT saved it, for inference and another base: N_L counts its layers, and what is in none always trains."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 1, 3], modules_to_save=["lm_head"])
+    config.inference_mode, config.base_model_name_or_path = True, "another/model"
+    config.save_pretrained(tmp_path)
+    options = {"peft_config": tmp_path / "adapter_config.json", "lora_r": None, "lora_alpha": None}
+    assert train(**options, trained_layers=1, save_steps=10) == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["layer_counts"] == {"n_layers": 3, "trained": 1, "kept": 2}
+    assert [name.rsplit(".", 1)[1] for name in record["layers"]] == ["0", "1", "3"]
+    assert record["configuration"]["adapter"]["r"] == 2
+    saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert sum("lora_" in name for name in saved) == 3 * 2
+    assert any("lm_head" in name for name in saved)
+    config.r = 3
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"another configuration: adapter.r \(2 there, 3 here\)"):
+        train(**options, trained_layers=1, output_dir=tmp_path / "new",
+              resume_from_checkpoint=tmp_path / "run/checkpoints/step_000010")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["series", "parallel"])
+def test_series_and_parallel_adapters_by_name(train, tmp_path, method):
+    import ist.adapters  # noqa: F401  as the model card says
+
+    assert train(peft_method=method, bottleneck_size=8) == 0
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert saved["peft_type"] == method.upper()
+    assert saved["bottleneck_size"] == 8
+    targets = {"series": ["down_proj", "up_proj"], "parallel": ["gate_proj", "up_proj"]}
+    assert sorted(saved["target_modules"]) == targets[method]
+    assert "import ist.adapters" in (tmp_path / "run/adapter/README.md").read_text()
+    losses = [line["loss"] for line in read_lines(tmp_path / "run/metrics.jsonl")]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,21 @@
 import pytest
 import torch
 from conftest import tiny_config
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    ShiraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from ist import ISTConfig, SparseTuner
 from ist.config import UsageError
-from ist.layers import LayerMap, default_target_modules, drop_input_grad_hooks
+from ist.layers import LayerMap, adapter_state, default_target_modules, drop_input_grad_hooks
 
 
 def tiny_peft(n_layers=4, targets=("q_proj", "up_proj"), **options):
@@ -33,6 +41,34 @@ def test_adapters_outside_the_layers_and_on_some_layers_only():
     assert layers.n_layers == 4
     assert len(layers.outside) == 2
     assert all("lm_head" in name for name in layers.outside)
+
+
+def test_what_layers_share_belongs_to_none_of_them():
+    vblora = VBLoRAConfig(r=2, num_vectors=8, vector_length=8, target_modules=["q_proj", "down_proj"])
+    layers = LayerMap(get_peft_model(LlamaForCausalLM(tiny_config()), vblora))
+    assert [len(parameters) for parameters in layers.parameters] == [4] * 4  # the logits of two modules
+    assert layers.outside == layers.shared
+    assert len(layers.shared) == 1
+    assert "vector_bank" in layers.shared[0]
+    unilora = UniLoraConfig(r=2, target_modules=["q_proj"])  # one vector for the whole model
+    with pytest.raises(UsageError, match="no layer can rest while another trains"):
+        LayerMap(get_peft_model(LlamaForCausalLM(tiny_config()), unilora))
+
+
+def test_the_state_of_an_adapter_is_what_peft_saves_and_nothing_of_the_base(tmp_path):
+    configs = [
+        LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=None),
+        VeraConfig(r=8, target_modules=["q_proj", "down_proj"]),
+        ShiraConfig(r=2, target_modules=["q_proj"]),
+        VBLoRAConfig(r=2, num_vectors=8, vector_length=8, target_modules=["q_proj"]),
+    ]
+    for config in configs:
+        model = get_peft_model(LlamaForCausalLM(tiny_config()), config)
+        state = adapter_state(model)
+        ours = get_peft_model_state_dict(model, state_dict=state)
+        assert ours.keys() == get_peft_model_state_dict(model).keys()
+        assert not any("base_layer" in name for name in state)
+        assert {id(p) for p in model.parameters() if p.requires_grad} <= {id(tensor) for tensor in state.values()}
 
 
 def test_models_without_one_list_of_layers_are_refused():

@@ -1,0 +1,110 @@
+"""AdaLoRA's rank allocation where layers rest and parameters are sharded (arXiv 2303.10512).
+
+PEFT's own arithmetic runs on what is given to it here: whole tensors, and gradients of the layers that trained.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from peft import PeftModel
+from peft.tuners.adalora.layer import RankAllocator
+from torch import Tensor, nn
+
+from ist.distributed import full_tensor, like
+
+
+class _Whole:
+    """Stands in for the model in PEFT's RankAllocator: the adapter's parameters whole, with their gradients."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.parameters.items())
+
+
+class RestingRankAllocator(RankAllocator):
+    """PEFT's allocator; the statistics of a layer that rests stay as they were.
+
+    A layer that was never trained counts as unimportant: its singular values are zero, so nothing is lost, and its
+    first training step gives it statistics like the others'.
+    """
+
+    def _adapter(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in model.named_parameters() if "lora_" in n and self.adapter_name in n}
+
+    def update_ipt(self, model: nn.Module) -> None:
+        trained = {}
+        for name, parameter in self._adapter(model).items():
+            if parameter.grad is not None:
+                trained[name] = full_tensor(parameter).detach().clone()
+                trained[name].grad = full_tensor(parameter.grad)
+            if name not in self.ipt:
+                for statistics in (self.ipt, self.exp_avg_ipt, self.exp_avg_unc):
+                    statistics[name] = torch.zeros(parameter.shape, device=parameter.device)
+        super().update_ipt(_Whole(trained))
+
+    def _on_singular_values(self, model: nn.Module, allocate: Callable) -> dict | None:
+        """Run `allocate` on whole copies, then put the singular values, which it masks, back."""
+        whole = {name: full_tensor(p).detach().clone() for name, p in self._adapter(model).items()}
+        result = allocate(_Whole(whole))
+        for name, parameter in self._adapter(model).items():
+            if "lora_E." in name:
+                with torch.no_grad():
+                    parameter.copy_(like(whole[name], parameter))
+        return result
+
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict:
+        mask = super().mask_to_budget
+        return self._on_singular_values(model, lambda whole: mask(whole, budget))
+
+    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict) -> None:
+        mask = super().mask_using_rank_pattern
+        self._on_singular_values(model, lambda whole: mask(whole, rank_pattern))
+
+
+class AdaLoraAllocation:
+    """What AdaLoRA does in a training loop: a gradient of its own, and the budget after each step."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.tuner = model.base_model
+        self.config = model.peft_config[self.tuner.trainable_adapter_name]
+        self.allocator = RestingRankAllocator(self.tuner.model, self.config, self.tuner.trainable_adapter_name)
+        self.tuner.rankallocator = self.allocator
+
+    def add_regularization(self) -> None:
+        """Add the gradient of AdaLoRA's orthogonality term to the layers that train; call it after the backward.
+
+        PEFT adds the term to the model's own loss, which a token-weighted global batch does not use:
+        w / n * sum over the n matrices A and B of ||A A^T - I||_F or ||B^T B - I||_F.
+        """
+        names = [name for name in self.allocator._adapter(self.tuner.model) if "lora_A" in name or "lora_B" in name]
+        for name in names:
+            parameter = self.tuner.model.get_parameter(name)
+            if parameter.grad is None:
+                continue
+            whole = full_tensor(parameter).detach().clone().requires_grad_()
+            with torch.enable_grad():
+                gram = whole @ whole.T if "lora_A" in name else whole.T @ whole
+                term = torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device))
+            (gradient,) = torch.autograd.grad(term, whole)
+            parameter.grad += like(self.config.orth_reg_weight / len(names) * gradient, parameter)
+
+    def step(self, step: int) -> None:
+        """Update statistics and budget after optimizer step number `step`, from 1, while gradients are there."""
+        self.tuner.update_and_allocate(step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The statistics, whole, the same on every rank: what a resumed run needs."""
+        kinds = {"ipt": self.allocator.exp_avg_ipt, "unc": self.allocator.exp_avg_unc}
+        return {f"adalora|{kind}|{name}": tensor for kind, values in kinds.items() for name, tensor in values.items()}
+
+    def load(self, tensors: dict[str, Tensor], rank_pattern: dict | None) -> None:
+        self.allocator.reset_ipt()
+        kinds = {"ipt": self.allocator.exp_avg_ipt, "unc": self.allocator.exp_avg_unc}
+        for key, tensor in tensors.items():
+            if key.startswith("adalora|"):
+                _, kind, name = key.split("|")
+                kinds[kind][name] = tensor.to(self.tuner.model.get_parameter(name).device)
+                self.allocator.ipt[name] = torch.zeros_like(kinds[kind][name])
+        self.config.rank_pattern = rank_pattern

@@ -1,0 +1,25 @@
+"""FSDP2 on CPU, for tests only.
+
+Accelerate turns FSDP off on CPU and says nothing. Here it is set as the launcher's config asks; what runs then is
+Accelerate's and torch's own FSDP2 on gloo ranks.
+"""
+
+import os
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+
+def turn_on_fsdp() -> None:
+    """From now on, AcceleratorState has FSDP on CPU where ACCELERATE_USE_FSDP is true."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            plugin = FullyShardedDataParallelPlugin()
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = init
