@@ -13,6 +13,7 @@ import copy
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -369,12 +370,17 @@ def cell(function: Callable[..., str], *args) -> str:
         return f"no: {type(error).__name__}: {brief(error)[:120]}"
 
 
+def reason_of(error: UsageError) -> str:
+    """The line without the key and the method's name."""
+    return re.sub(r"^.*peft\.json: (\w+ is not served: )?", "", str(error))
+
+
 def refusable(function: Callable[..., str], *args) -> str:
     """The same where the method may be refused, with a line that says so."""
     try:
         return cell(function, *args)
     except UsageError as error:
-        return f"no: refused: {str(error).partition('peft.json: ')[2]}"
+        return f"no: refused: {reason_of(error)}"
 
 
 def one_process(work: Path, name: str) -> dict[str, str]:
@@ -388,7 +394,7 @@ def one_process(work: Path, name: str) -> dict[str, str]:
     try:
         cells = {"rest": cell(trained)}
     except UsageError as error:
-        return {"refused": str(error).partition("peft.json: ")[2]}
+        return {"refused": reason_of(error)}
     if watches:
         cells["resume"] = cell(resume, work, name, run)
         cells["reload"] = cell(reload, work, watches[0], run)
@@ -476,9 +482,11 @@ def as_table(answers: dict[str, dict[str, str]]) -> str:
             number = notes.setdefault(cells["refused"], len(notes) + 1)
             lines.append(f"| {name} | refused [{number}] |" + " |" * (len(CELLS) - 1))
         else:
-            lines.append(
-                f"| {name} | " + " | ".join(short(cells.get(key, "n/a: did not train")) for key in CELLS) + " |"
-            )
+            row = []
+            for key in CELLS:
+                answer, reason = cells.get(key, "n/a: it did not train"), WHY.get((name, key))
+                row.append(short(f"{answer} ({reason})" if reason and answer.startswith("no: ") else answer))
+            lines.append(f"| {' | '.join([name, *row])} |")
     return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())])
 
 
