@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import AdaLoraConfig, PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -62,7 +62,7 @@ from ist.report import (
 )
 from ist.sampler import seeded_generator
 from ist.suppression import measuring
-from ist.tuner import SparseTuner
+from ist.tuner import SparseTuner, token_loss_sum
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -191,6 +191,9 @@ class RunArguments:
             require(value is None or value >= 1, key, "1 or more", value)
 
 
+ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, ISTConfig, TrainArguments, RunArguments)
+
+
 def resolve_output_dir(args: Namespace, recipe: str | None) -> None:
     if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
         raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
@@ -225,18 +228,6 @@ def require_consistent(args: Namespace) -> None:
         raise UsageError("--load_best_model_at_end needs --eval_steps.")
 
 
-# ----------------------------------------------------------------------------------------------------------- the loss
-
-
-def token_loss_sum(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
-    """Sum of the cross entropies of the predicted tokens of a batch, a float32 scalar."""
-    ids, mask, labels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
 class StopRequest:
     """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the loop looks at it between steps. A second Ctrl-C stops at once."""
 
@@ -260,9 +251,8 @@ class StopRequest:
 
 
 def main(argv: Sequence[str]) -> int:
-    groups = (ModelArguments, DataArguments, AdapterArguments, ISTConfig, TrainArguments, RunArguments)
     others = [key.name for key in fields(AdapterArguments) if key.name != "peft_config"]
-    *parsed, recipe = parse_arguments(groups, argv, __doc__.split("\n")[0], alone=("peft_config", others))
+    *parsed, recipe = parse_arguments(ARGUMENTS, argv, __doc__.split("\n")[0], alone=("peft_config", others))
     ist_config = next(group for group in parsed if isinstance(group, ISTConfig))
     args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
     require_consistent(args)
@@ -373,14 +363,19 @@ def train(
         raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
     parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     allocation = AdaLoraAllocation(peft_model) if isinstance(peft_config, AdaLoraConfig) else None
+    if allocation and peft_config.total_step != max_steps:
+        accelerator.print(f"AdaLoRA's schedule has {peft_config.total_step} steps (total_step), the run {max_steps}.")
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer.optimizer, warmup, max_steps)
+
+    def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor.to(device) for key, tensor in batch.items()}
 
     def loss_over(dataset: Dataset, indices: Sequence[int]) -> Tensor:
         """[2] float64: (sum of token losses, predicted tokens) over this rank's share of `indices`."""
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in micro_batches(dataset, indices, micro_size, rank, world_size, data.pad_token_id):
-            total[0] += token_loss_sum(model, batch, device)
+            total[0] += token_loss_sum(model, on_device(batch))
             total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
         return total
 
@@ -390,7 +385,9 @@ def train(
 
     def whole_adapter() -> dict[str, Tensor]:
         """All that makes up the adapter: what trains and what does not, by name."""
-        return adapter_state(peft_model) | parameters
+        trains = {id(parameter) for parameter in parameters.values()}
+        named = {name: p for name, p in peft_model.named_parameters(remove_duplicate=False) if id(p) in trains}
+        return adapter_state(peft_model) | named
 
     # Resume.
     finished, tokens, best, validation_loss = 0, 0, None, None
@@ -398,7 +395,7 @@ def train(
         path, state = checkpoint
         tensors = ckpt.load_adapter(path, whole_adapter())
         if allocation:
-            allocation.load(tensors, state["rank_pattern"])
+            allocation.load(tensors, state["allocation"])
         ckpt.load_optimizer(path, state["optimizer"], optimizer.optimizer, parameters)
         scheduler.load_state_dict(state["scheduler"])
         for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -419,7 +416,8 @@ def train(
     n_layers, n_trained, _ = tuner.sampler.counts
     accelerator.print(
         f"{args.model_name_or_path}: {n_layers} layers, {n_trained} trained per step (selection {args.selection}), "
-        f"{sum(p.numel() for p in parameters.values()):,} adapter parameters, on {device.type}\n"
+        f"{sum(p.numel() for p in parameters.values()):,} adapter parameters, on {device.type}, "
+        f"{args.attn_implementation} attention\n"
         f"{len(rows)} training rows ({data.dropped} dropped: nothing of their answer within --max_length), "
         f"{len(data.validation or ())} validation rows; steps {finished} to {max_steps} of {batch_size} rows\n"
         f"run folder: {output_dir}"
@@ -477,7 +475,7 @@ def train(
             "data": {"next_global_batch": finished},
             "rng": {"reseeded_by": ["seed", "step", "rank"], "seed": seed, "step": finished},
             **{"tokens": tokens, "best": best, "validation_loss": validation_loss},
-            "rank_pattern": allocation.config.rank_pattern if allocation else None,
+            "allocation": allocation.state_dict() if allocation else None,
         }
         write = accelerator.is_main_process
         tensors = whole_adapter() | (allocation.tensors() if allocation else {})
@@ -511,7 +509,7 @@ def train(
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             with accelerator.no_sync(model) if i < len(batches) - 1 else nullcontext():
-                micro_loss = token_loss_sum(model, batch, device) / divisor
+                micro_loss = token_loss_sum(model, on_device(batch)) / divisor
                 accelerator.backward(micro_loss * (world_size if sharded else 1))  # FSDP takes the mean over ranks
             loss += micro_loss.detach()
         if not sharded:
@@ -582,7 +580,9 @@ def train(
         accelerator.wait_for_everyone()  # until the main process has written it
         tensors = ckpt.load_adapter(checkpoints / ckpt.step_name(best["step"]), whole_adapter())
         if allocation:
-            allocation.load(tensors, ckpt.read_state(checkpoints / ckpt.step_name(best["step"]))["rank_pattern"])
+            allocation.load(tensors, ckpt.read_state(checkpoints / ckpt.step_name(best["step"]))["allocation"])
+    if allocation:
+        allocation.keep_what_trained()
     ckpt.save_adapter(peft_model, whole_adapter(), args, record.summary, accelerator.is_main_process)
     losses = [line["loss"] for line in read_lines(output_dir / METRICS) if "loss" in line]
     final = {"final_train_loss": losses[-1] if losses else None, "final_validation_loss": validation_loss}

@@ -1,12 +1,12 @@
 """Importance-aware Sparse Tuning (arXiv 2410.11772) for any PEFT training loop.
 
-`from ist import ISTConfig, ImportanceSampler, SparseTuner`; names are resolved on first use, so that importing `ist`
-costs nothing that is not needed.
+`from ist import ISTConfig, ImportanceSampler, SparseTuner, ISTCallback`; names are resolved on first use, so that
+importing `ist` costs nothing that is not needed.
 """
 
 import importlib
 
-_HOME = {"ISTConfig": "config", "ImportanceSampler": "sampler", "SparseTuner": "tuner"}
+_HOME = {"ISTConfig": "config", "ImportanceSampler": "sampler", "SparseTuner": "tuner", "ISTCallback": "callback"}
 __all__ = list(_HOME)
 
 

@@ -116,10 +116,14 @@ class ISTConfig:
         default=None,
         metadata={"help": "Training rows per candidate loss; default: the global batch (16 with score_rule released)."},
     )
+    layer_stack: Literal["decoder", "encoder", "both"] = field(
+        default="decoder",
+        metadata={"help": "Where a model has more than one list of layers: which of them layers are chosen from."},
+    )
     seed: int = field(default=42, metadata={"help": "Seed of adapter initialisation, data order, draws and dropout."})
 
     def __post_init__(self) -> None:
-        for key in ("selection", "score_rule"):
+        for key in ("selection", "score_rule", "layer_stack"):
             allowed = get_args(ISTConfig.__annotations__[key])
             require(getattr(self, key) in allowed, key, "one of " + ", ".join(allowed), getattr(self, key))
         self.trained_layers = _parse_layer_count("trained_layers", self.trained_layers)

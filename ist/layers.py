@@ -16,12 +16,25 @@ _UP = ("up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
 _GATE = ("gate_proj",)
 _DOWN = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h")
 DEFAULT_TARGETS = {"lora": (*_QKV, *_UP, *_DOWN), "series": (*_UP, *_DOWN), "parallel": (*_UP, *_GATE)}
+# Of a Mamba block. Its GPU kernels take the weights of the other projections past their modules, and so past adapters.
+_STATE_SPACE = ("in_proj",)
 
 
 def default_target_modules(model: nn.Module, method: str = "lora") -> list[str]:
     """The names of `DEFAULT_TARGETS` that `model` has."""
     names = [f".{name}" for name, _ in model.named_modules()]
-    return [target for target in DEFAULT_TARGETS[method] if any(name.endswith(f".{target}") for name in names)]
+    targets = [target for target in DEFAULT_TARGETS[method] if any(name.endswith(f".{target}") for name in names)]
+    if not targets and method == "lora":
+        targets = [target for target in _STATE_SPACE if any(name.endswith(f".{target}") for name in names)]
+    return targets
+
+
+def outside_decoder(model: nn.Module) -> list[str]:
+    """Paths of the outermost lists of modules that are not part of the decoder: encoders, vision and audio towers."""
+    decoder = model.get_decoder()
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    return [path for path in outermost if not _within(decoder, model, path)]
 
 
 def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
@@ -34,8 +47,39 @@ def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
     return None
 
 
+def _within(stack: nn.Module, model: nn.Module, path: str) -> bool:
+    """Whether the list of layers at `path` of `model` is part of `stack`."""
+    layers = model.get_submodule(path)
+    return any(module is layers for module in stack.modules())
+
+
+def _chosen_lists(model: nn.Module, lists: set[str], stack: str) -> list[str]:
+    """Of the lists of layers that hold adapters, those of the decoder, of the encoder, or one of each.
+
+    The text decoder of a vision-language model is its decoder; lists in its towers are never chosen from.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    encoder = base.get_encoder() if hasattr(base, "get_encoder") else base
+    in_decoder = [path for path in sorted(lists) if _within(decoder, model, path)]
+    in_encoder = [path for path in sorted(lists) if encoder is not base and _within(encoder, model, path)]
+    if stack == "decoder" and len(lists) == 1:
+        return list(lists)  # adapters are nowhere else
+    chosen = {"decoder": [in_decoder], "encoder": [in_encoder], "both": [in_encoder, in_decoder]}[stack]
+    if any(len(paths) != 1 for paths in chosen):
+        raise UsageError(
+            f"--layer_stack {stack} asks for one list of layers in each stack; adapters sit in "
+            f"{', '.join(sorted(lists))}. Choose the stack, or --target_modules in one list."
+        )
+    return [paths[0] for paths in chosen]
+
+
 class LayerMap:
     """The decoder layers of a PEFT model that carry adapters, in order.
+
+    Args:
+        stack: "decoder", "encoder" or "both", where the model has adapters in more than one list of layers. What is in
+            another list is outside.
 
     Build it after `accelerator.prepare` (on the unwrapped model): sharding replaces parameters.
 
@@ -49,11 +93,11 @@ class LayerMap:
         shared: those of `outside` that several layers share.
 
     Raises:
-        UsageError: no adapter module sits inside a list of layers, or in more than one list; or a layer has no
-            trainable parameters of its own.
+        UsageError: no adapter module sits inside a list of layers, or in more than one list of a stack; or a layer
+            has no trainable parameters of its own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stack: str = "decoder") -> None:
         tuners: dict[tuple[str, int], list[BaseTunerLayer]] = {}
         last_tuner = None
         for name, module in model.named_modules():
@@ -68,12 +112,8 @@ class LayerMap:
                 "the model has no layer list: no adapter module sits inside a torch.nn.ModuleList of decoder layers, "
                 "so there is nothing to choose layers from. Check --target_modules and the model's architecture."
             )
-        if len(lists) > 1:
-            raise UsageError(
-                f"adapters sit in several layer lists ({', '.join(sorted(lists))}); "
-                "--target_modules must reach into one of them only."
-            )
-        keys = sorted(tuners)
+        chosen = _chosen_lists(model, lists, stack)
+        keys = sorted((key for key in tuners if key[0] in chosen), key=lambda key: (chosen.index(key[0]), key[1]))
         self.names = [f"{path}.{position}" for path, position in keys]
         self.modules = [tuners[key] for key in keys]
         self.parameters: list[list[nn.Parameter]] = [[] for _ in keys]

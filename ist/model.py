@@ -1,25 +1,37 @@
 """From arguments to a PEFT model and its optimizer; what is wrong with them shows before any weight is loaded."""
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import bitsandbytes
 import torch
 from accelerate.utils import set_seed
+from bitsandbytes.nn import Params4bit
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+)
 
 from ist.adapters import ParallelConfig, SeriesConfig
 from ist.config import UsageError, brief
 from ist.data import Data
-from ist.layers import LayerMap, default_target_modules, drop_input_grad_hooks
+from ist.layers import LayerMap, default_target_modules, drop_input_grad_hooks, outside_decoder
 
 NO_LAYER_RESPONSE = {
     PeftType.ADAPTION_PROMPT: "it adds prompts inside attention",
@@ -28,6 +40,7 @@ NO_LAYER_RESPONSE = {
     PeftType.XLORA: "it mixes adapters that were trained before",
 }
 # These compute with the base weights as they lie in memory. Packed ones look like floats, and give errors or nonsense.
+_FROM_WEIGHTS = ("pissa", "olora")
 NEEDS_PLAIN_WEIGHTS = {
     *(PeftType.ADAMSS, PeftType.DEFT, PeftType.DELORA, PeftType.FROD, PeftType.GLORA, PeftType.HRA, PeftType.LOHA),
     *(PeftType.LOKR, PeftType.OSF, PeftType.PEANUT, PeftType.PSOFT, PeftType.SUPERTUNING),
@@ -42,7 +55,7 @@ def _read_peft_config(args: Namespace, total_steps: int) -> PeftConfig:
     """
     key = f"--peft_config {args.peft_config}"
     try:
-        values = json.loads(Path(args.peft_config).read_text())
+        values = json.loads(Path(args.peft_config).read_text(), parse_constant=_no_constant)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[str(values["peft_type"]).upper()]
     except OSError as error:
         raise UsageError(f"{key} cannot be read: {error.strerror}.") from error
@@ -52,17 +65,41 @@ def _read_peft_config(args: Namespace, total_steps: int) -> PeftConfig:
         known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
         raise UsageError(f"{key}: peft_type must be one of {known}; got {values.get('peft_type')}.") from error
     # As adapter_config.json has them, for an adapter that was saved: neither is meant here.
-    values = {"task_type": "CAUSAL_LM", **values, "inference_mode": False, "base_model_name_or_path": None}
+    values |= {"task_type": "CAUSAL_LM", "inference_mode": False, "base_model_name_or_path": None}
     unknown = values.keys() - {field.name for field in fields(config_class)}
     if unknown:
         raise UsageError(f"{key}: {config_class.__name__} has no {', '.join(sorted(unknown))}.")
     if issubclass(config_class, AdaLoraConfig):
-        values["total_step"] = values.get("total_step") or total_steps
+        values |= {"total_step": values.get("total_step") or total_steps, "rank_pattern": None}
+    hints = get_type_hints(config_class)
+    for name, value in values.items():
+        if name != "peft_type" and not _fits(value, hints[name]):
+            raise UsageError(f"{key}: {name} must be of type {_type_name(hints[name])}; got {json.dumps(value)}.")
     try:
         config = config_class(**values)
     except Exception as error:  # whatever a configuration raises here, it is about its values
         raise UsageError(f"{key}: {brief(error)}") from error
     return config
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a JSON file can be of the annotated type; what is not plain is left to the configuration."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    plain = {bool: bool, int: int, float: (int, float), str: str, list: list, set: list, type(None): type(None)}
+    kind = plain.get(origin or hint)
+    return kind is None or (isinstance(value, kind) and (hint is bool or not isinstance(value, bool)))
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
 
 
 def require_served(config: PeftConfig, args: Namespace, sharded: bool) -> None:
@@ -78,14 +115,18 @@ def require_served(config: PeftConfig, args: Namespace, sharded: bool) -> None:
         reason = f"{NO_LAYER_RESPONSE[config.peft_type]}, so no layer has a response of its own that can be suppressed"
     elif isinstance(config, AdaLoraConfig) and config.target_r >= config.init_r:
         reason = f"target_r {config.target_r} must be below init_r {config.init_r}, or there is no rank to take away"
+    elif isinstance(config, AdaLoraConfig) and config.deltaT < 1:
+        reason = f"deltaT {config.deltaT} must be 1 or more"
+    elif isinstance(config, AdaLoraConfig) and not (0 < config.beta1 < 1 and 0 < config.beta2 < 1):
+        reason = f"beta1 {config.beta1} and beta2 {config.beta2} must be between 0 and 1"
     elif getattr(config, "use_asa", False):
         reason = "use_asa chooses itself what trains; set it to false"
     elif initialisation in ("eva", "corda", "lora_ga"):
         reason = f"init_lora_weights {initialisation} needs a pass over data first, which is not made here"
     elif getattr(config, "monteclora_config", None) or getattr(config, "kasa_config", None):
         reason = "its training loss has a term of its own, which is not added here"
-    elif args.load_in_4bit and (config.peft_type in NEEDS_PLAIN_WEIGHTS or initialisation.startswith("pissa")):
-        what = "init_lora_weights pissa" if initialisation.startswith("pissa") else "it"
+    elif args.load_in_4bit and (config.peft_type in NEEDS_PLAIN_WEIGHTS or initialisation.startswith(_FROM_WEIGHTS)):
+        what = f"init_lora_weights {initialisation}" if initialisation.startswith(_FROM_WEIGHTS) else "it"
         reason = f"{what} computes with the base weights themselves, which --load_in_4bit packs"
     elif sharded and config.peft_type == PeftType.OSF:
         reason = "it projects gradients by hooks on parameters, which FSDP does not run: use DDP"
@@ -109,7 +150,8 @@ def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig:
         config_class = LoraConfig
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
-    return config_class(**options, target_modules=targets, task_type="CAUSAL_LM")
+    excluded = args.exclude_modules
+    return config_class(**options, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM")
 
 
 def as_json(config: PeftConfig) -> dict:
@@ -127,15 +169,25 @@ def resolve_targets(args: Namespace, model: nn.Module) -> None:
     """
     if args.peft_config:
         return
-    args.target_modules = args.target_modules or default_target_modules(model, args.peft_method)
+    decoder = model.get_decoder()
+    args.target_modules = args.target_modules or default_target_modules(decoder, args.peft_method)
     if not args.target_modules:
         raise UsageError("--target_modules has no default for this architecture: name the modules to adapt.")
+    # Text alone trains here: adapters in a vision tower would have nothing to learn from.
+    args.exclude_modules = "|".join(rf"{re.escape(path)}\..*" for path in outside_decoder(model)) or None
     names = [f".{name}" for name, _ in model.named_modules()]
     for target in args.target_modules:
         if target != "all-linear" and not any(name.endswith(f".{target}") for name in names):
             raise UsageError(f"--target_modules: the model has no module {target}.")
     if "all-linear" in args.target_modules and len(args.target_modules) > 1:
         raise UsageError("--target_modules all-linear stands alone.")
+
+
+def _auto_class(config: PretrainedConfig) -> type:
+    """A causal language model, or one inside a vision-language model, which takes text alone as well."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedConfig, int]:
@@ -153,11 +205,17 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
 
     def skeleton(config: PretrainedConfig) -> nn.Module:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, **options)
+            return _auto_class(config).from_config(config, attn_implementation=args.attn_implementation, **options)
 
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **options)
-        model = skeleton(config)
+        try:
+            model = skeleton(config)
+        except ValueError as error:
+            if args.attn_implementation != "sdpa" or "does not support an attention implementation" not in str(error):
+                raise
+            args.attn_implementation = "eager"  # Gemma 2, GPT-J, BLOOM have no other
+            model = skeleton(config)
     except Exception as error:  # whatever transformers raises here, it is about the model that was named
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} comes with code of its own; --trust_remote_code true runs it.") from error
@@ -169,22 +227,35 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
         raise UsageError(f"{name} has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
     if args.dtype == "auto" and config.dtype is not None:
         args.dtype = str(config.dtype).removeprefix("torch.")
+    if args.dtype != "auto":
+        model = model.to(getattr(torch, args.dtype))
     vocabulary = model.get_input_embeddings().num_embeddings
     resolve_targets(args, model)
     peft_config = make_peft_config(args)
     require_served(peft_config, args, sharded)
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for whole in getattr(peft_config, "modules_to_save", None) or ():
+        if not any(name.endswith(f".{whole}") for name in names):
+            raise UsageError(f"--peft_config {args.peft_config}: modules_to_save: the model has no module {whole}.")
     try:
         with _adapter_errors(args):
             model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     except UsageError as error:
-        if "meta" not in str(error):
+        if "meta" not in str(error.__cause__):
             raise
         # A method that starts from the base weights (SHiRA, FRoD): LoRA on the same modules stands in for it here.
         keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         like = LoraConfig(r=1, **{key: getattr(peft_config, key) for key in keys if hasattr(peft_config, key)})
-        model = get_peft_model(skeleton(config), like, low_cpu_mem_usage=True)
+        with _adapter_errors(args):
+            model = get_peft_model(skeleton(config), like, low_cpu_mem_usage=True)
     with _adapter_errors(args):
-        layers = LayerMap(model)
+        layers = LayerMap(model, args.layer_stack)
+        coarse = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        if coarse and not args.bf16:
+            raise UsageError(
+                f"{coarse[0]} and {len(coarse) - 1} more would train in {args.dtype}, where small steps are lost: pass "
+                "--bf16 true (they are float32 then) or --dtype float32."
+            )
         if sharded and layers.shared:
             raise UsageError(
                 "layers share trainable parameters, which cannot be sharded layer by layer; use "
@@ -231,7 +302,8 @@ def load_model(args: Namespace, peft_config: PeftConfig, device: torch.device) -
     else:
         options = {"dtype": args.dtype}
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        base = _auto_class(config).from_pretrained(
             args.model_name_or_path,
             **options,
             attn_implementation=args.attn_implementation,
@@ -246,6 +318,11 @@ def load_model(args: Namespace, peft_config: PeftConfig, device: torch.device) -
     set_seed(args.seed)
     with _adapter_errors(args):
         model = get_peft_model(base, peft_config)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and isinstance(parameter, Params4bit):
+                raise UsageError(f"{name} would train, but its weights are packed in 4 bits.")
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     drop_input_grad_hooks(model)
     return model.train()
 

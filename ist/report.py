@@ -9,7 +9,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,8 @@ def _flat(configuration: dict) -> dict:
 
 def differing_keys(there: dict, here: dict) -> str:
     """What stands in the way of going on with a run of configuration `there`; empty when nothing does."""
+    if ("adapter" in there) != ("adapter" in here):
+        return f"peft_config ({'given' if 'adapter' in there else 'none'} there, the other way here)"
     there, here = _flat(there), _flat(here)
     keys = sorted((there.keys() & here.keys()) - FREE_KEYS)
     return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key])
@@ -161,6 +163,24 @@ def require_free(output_dir: Path, configuration: dict, resume: bool) -> bool:
     return run["status"] == "finished"
 
 
+def keep_lines(path: Path, keep: Callable[[dict], bool]) -> None:
+    """Leave only the lines of a .jsonl file that are to be kept; a file that is not there becomes an empty one."""
+    lines = [line for line in read_lines(path) if keep(line)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(path)
+
+
+def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, float]:
+    """An importance update as trackers get it."""
+    values: dict[str, float] = {"probe/seconds": update["probe_seconds"]}
+    for j, (loss, reward) in enumerate(zip(update["losses"], update["rewards"], strict=True)):
+        values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
+    for i, (score, count) in enumerate(zip(update["scores"], trained_counts, strict=True)):
+        values |= {f"importance/score/layer_{i:02d}": score, f"importance/trained_steps/layer_{i:02d}": count}
+    return values
+
+
 class RunRecord:
     """The files of one run and its trackers. Every rank makes one and calls it alike; the main process writes.
 
@@ -201,10 +221,7 @@ class RunRecord:
             (METRICS, lambda line: line["step"] <= step),
             (IMPORTANCE, lambda line: line["step"] < step),
         ):
-            lines = [line for line in read_lines(self.output_dir / name) if step > 0 and keeps(line)]
-            temporary = self.output_dir / f".{name}.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            temporary.replace(self.output_dir / name)
+            keep_lines(self.output_dir / name, lambda line, keeps=keeps: step > 0 and keeps(line))
         self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
 
     def close(self, status: str, **facts: Any) -> None:
@@ -230,12 +247,7 @@ class RunRecord:
         """An importance update, how often each layer was trained so far, and the share of time spent on probes."""
         self._append(IMPORTANCE, line)
         step = line["step"]
-        values: dict[str, float] = {"probe/seconds": line["probe_seconds"], "probe/time_share": probe_share}
-        for j, (loss, reward) in enumerate(zip(line["losses"], line["rewards"], strict=True)):
-            values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
-        for i, (score, count) in enumerate(zip(line["scores"], trained_counts, strict=True)):
-            values |= {f"importance/score/layer_{i:02d}": score, f"importance/trained_steps/layer_{i:02d}": count}
-        self.accelerator.log(values, step=step)
+        self.accelerator.log(importance_values(line, trained_counts) | {"probe/time_share": probe_share}, step=step)
         if self.main:
             self._scores.append(line["scores"])
             for tracker in self.accelerator.trackers:
@@ -286,27 +298,31 @@ def draw_importance(output_dir: Path) -> Path:
     run = read_run(output_dir)
     if run is None or "trained_counts" not in run:
         raise UsageError(f"{output_dir} holds no run with layers to draw (no {RUN} with trained_counts).")
-    updates = read_lines(output_dir / IMPORTANCE)
-    counts = run["trained_counts"]
+    path = output_dir / PICTURE
+    title = f"{output_dir.name}: {run['status']}"
+    plot_importance(path, read_lines(output_dir / IMPORTANCE), run["trained_counts"], run["steps"], title)
+    return path
+
+
+def plot_importance(path: Path, updates: list[dict], counts: list[int], steps: int, title: str) -> None:
+    """The picture, from the lines of importance.jsonl and the steps in which each layer was trained."""
     n_layers = len(counts)
     colours = ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for i in range(n_layers if updates else 0):
-        steps = [0] + [update["step"] for update in updates]
-        left.plot(steps, [0.5] + [update["probabilities"][i] for update in updates], color=colours.to_rgba(i), lw=1.2)
+        at = [0] + [update["step"] for update in updates]
+        left.plot(at, [0.5] + [update["probabilities"][i] for update in updates], color=colours.to_rgba(i), lw=1.2)
     if not updates:
         left.text(0.5, 0.5, "no importance updates in this run", ha="center", transform=left.transAxes)
     left.set(ylim=(0, 1), xlabel="optimizer step", ylabel="sigmoid(importance)", title="Layer importance")
     figure.colorbar(colours, ax=left, label="layer")
     right.bar(range(n_layers), counts, color=[colours.to_rgba(i) for i in range(n_layers)])
     right.axhline(sum(counts) / n_layers, color="0.3", ls="--", lw=1, label="mean over layers")
-    right.set(xlabel="layer", ylabel="steps", title=f"Steps in which each layer was trained (of {run['steps']})")
+    right.set(xlabel="layer", ylabel="steps", title=f"Steps in which each layer was trained (of {steps})")
     right.legend(loc="upper left", fontsize="small")
-    figure.suptitle(f"{output_dir.name}: {run['status']}")
-    path = output_dir / PICTURE
+    figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    return path
 
 
 def main(argv: Sequence[str]) -> int:

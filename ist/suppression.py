@@ -60,13 +60,14 @@ def _gate(module: BaseTunerLayer, gate: float | Tensor) -> list[RemovableHandle]
                 kwargs = {key: value for key, value in kwargs.items() if key not in _PEFT_ONLY}
                 base = module.get_base_layer()(*args, **kwargs)
         base_calls.clear()
-        weight = gate
-        if isinstance(gate, Tensor):
-            if gate.shape != adapted.shape[:1]:
-                raise ValueError(f"{list(gate.shape)} gates for a response of shape {list(adapted.shape)}")
-            weight = gate.to(adapted).view(-1, *[1] * (adapted.dim() - 1))
         # lerp is exact at 0 and at 1; base + gate * (adapted - base) is exact at neither in bf16.
-        return torch.lerp(base.to(adapted.dtype), adapted, weight)
+        if not isinstance(gate, Tensor):
+            return torch.lerp(base.to(adapted.dtype), adapted, gate)
+        if gate.shape != adapted.shape[:1]:
+            raise ValueError(f"{list(gate.shape)} gates for a response of shape {list(adapted.shape)}")
+        precision = torch.promote_types(adapted.dtype, torch.float32)  # a gate of 0.3 is another number in bfloat16
+        gates = gate.to(adapted.device, precision).view(-1, *[1] * (adapted.dim() - 1))
+        return torch.lerp(base.to(precision), adapted.to(precision), gates).to(adapted.dtype)
 
     return [
         module.register_forward_pre_hook(forget),

@@ -15,6 +15,21 @@ from ist.sampler import ImportanceSampler
 from ist.suppression import measuring, suppress
 
 
+def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of the cross entropies of the predicted tokens of a batch, a float32 scalar.
+
+    Args:
+        batch: what the model takes, and labels [B, T] with -100 where nothing is predicted; on the model's device.
+    """
+    labels = batch["labels"]
+    if model.config.is_encoder_decoder:
+        logits = model(**batch, use_cache=False).logits
+    else:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits, labels = model(**inputs, use_cache=False).logits[:, :-1], labels[:, 1:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
 class SparseTuner:
     """Chooses the layers that train at each step, freezes the rest, and learns which layers matter.
 
@@ -37,7 +52,7 @@ class SparseTuner:
         self.model = model
         self.config = config
         self.probe_loss = probe_loss
-        self.layers = LayerMap(model)
+        self.layers = LayerMap(model, config.layer_stack)
         self.sampler = ImportanceSampler(self.layers.n_layers, config)
         self.trained: list[int] = list(range(self.layers.n_layers))
         self.trained_counts = [0] * self.layers.n_layers
@@ -94,6 +109,12 @@ class SparseTuner:
         """The parameters that train at the present step, in the model's order: what to clip."""
         layers = [parameter for i in self.trained for parameter in self.layers.parameters[i]]
         return layers + self._outside
+
+    def release(self) -> None:
+        """Let every layer train again, as it was before the tuner was built."""
+        for parameters in self.layers.parameters:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def state_dict(self) -> dict:
         """Scores and counts, JSON-ready; draws depend on (seed, step) alone and need no state."""

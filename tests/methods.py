@@ -53,7 +53,7 @@ METHODS: dict[str, dict] = {
     "DoRA": LORA | {"use_dora": True},
     "PiSSA": LORA | {"init_lora_weights": "pissa"},
     "OLoRA": LORA | {"init_lora_weights": "olora"},
-    "LoRA with biases": LORA | {"bias": "lora_only", "lora_bias": True},
+    "LoRA with biases": LORA | {"lora_bias": True},
     "LoRA on parameters": LORA | {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
     "LoRA and lm_head whole": LORA | {"modules_to_save": ["lm_head"]},
     "aLoRA": LORA | {"alora_invocation_tokens": [COLON]},
@@ -459,7 +459,6 @@ WHY = {  # what a measured "no" comes from
     ("PVeRA", "FSDP2 x2"): "it trains on noise, which each rank draws for its own rows",
     ("DEFT", "DDP x2"): "its first gradients are differences of equal numbers, so rounding, which Adam scales up",
     ("DEFT", "FSDP2 x2"): "its first gradients are differences of equal numbers, so rounding, which Adam scales up",
-    ("OLoRA", "4-bit"): "what it leaves of the base is quantised a second time, so the base is another one",
     ("Lily", "suppression"): "its router averages over the batch, so rows are never apart",
     ("Lily", "4-bit"): "its router averages over the batch, so rows are never apart",
     ("Lily", "DDP x2"): "its router averages over the batch, and a rank sees its part of it",
@@ -485,7 +484,8 @@ def as_table(answers: dict[str, dict[str, str]]) -> str:
             row = []
             for key in CELLS:
                 answer, reason = cells.get(key, "n/a: it did not train"), WHY.get((name, key))
-                row.append(short(f"{answer} ({reason})" if reason and answer.startswith("no: ") else answer))
+                explained = reason and re.search(r" off( at step \d+)?$", answer)  # of a difference, not of an error
+                row.append(short(f"{answer} ({reason})" if explained else answer))
             lines.append(f"| {' | '.join([name, *row])} |")
     return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())])
 

@@ -82,6 +82,7 @@ def test_saved_and_loaded_like_any_method_of_peft(method, tmp_path):
     again.set_adapter("second")
     second = again(IDS).logits
     assert not torch.equal(second, logits)
+    assert not any(p.requires_grad for name, p in again.named_parameters() if ".other." in name)
     again.base_model.set_adapter(["other", "second"])
     assert not torch.equal(again(IDS).logits, second)
     again.set_adapter("other")

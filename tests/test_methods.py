@@ -51,7 +51,7 @@ def test_methods_without_a_response_per_layer_are_refused_in_one_line(work, name
     assert "no layer" in refusal
 
 
-def test_the_committed_table_is_of_all_methods(monkeypatch):
+def test_the_committed_table_is_of_all_methods():
     result = json.loads((methods.ROOT / "launch/results/methods.json").read_text())
     assert result["configurations"] == methods.METHODS
     assert methods.as_table(result["answers"]) in (methods.ROOT / "README.md").read_text()

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from ist.config import UsageError
+import train_ist
+from ist.config import UsageError, parse_arguments
 from ist.data import GlobalBatches, encode
+from ist.model import plan_layers
 from ist.sampler import seeded_generator
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -247,7 +251,7 @@ def test_gradients_of_micro_batches_add_up(tiny, rows):
         loss = 0.0
         for part in parts:
             batch = collate([r["input_ids"] for r in part], [r["labels"] for r in part], 0)
-            micro = train_ist.token_loss_sum(model, batch, torch.device("cpu")) / sum(lengths)
+            micro = train_ist.token_loss_sum(model, batch) / sum(lengths)
             micro.backward()
             loss += micro.item()
         return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -548,6 +552,17 @@ BAD_PEFT_CONFIG = {
     "bad rank": ('{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}', "`r` should be a positive integer"),
     "no target": ('{"peft_type": "LORA", "target_modules": ["w_query"]}', "Target modules .*w_query.* not found"),
     "a prompt": ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', "PREFIX_TUNING is not served: it learns"),
+    "not an int": ('{"peft_type": "LORA", "r": "8"}', 'r must be of type int; got "8"'),
+    "not a whole number": ('{"peft_type": "SERIES", "bottleneck_size": 8.5}', "bottleneck_size must be of type int"),
+    "not a name": ('{"peft_type": "SERIES", "non_linearity": ["relu"]}', "non_linearity must be of type str"),
+    "no number": ('{"peft_type": "PARALLEL", "scaling": NaN}', "NaN is no number"),
+    "null": ('{"peft_type": "PARALLEL", "scaling": null}', "scaling must be of type float; got null"),
+    "no interval": ('{"peft_type": "ADALORA", "deltaT": 0}', "deltaT 0 must be 1 or more"),
+    "no mean": ('{"peft_type": "ADALORA", "beta1": 1.5}', "AssertionError|beta1 1.5 .* must be between 0 and 1"),
+    "no such module": (
+        '{"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["nothere"]}',
+        "modules_to_save: the model has no module nothere",
+    ),
     "data first": ('{"peft_type": "LORA", "init_lora_weights": "eva"}', "needs a pass over data"),
     "no rank to take": ('{"peft_type": "ADALORA", "init_r": 4, "target_r": 4}', "target_r 4 must be below init_r 4"),
     "schedule": (
@@ -560,10 +575,12 @@ BAD_PEFT_CONFIG = {
 @pytest.mark.parametrize("name", BAD_PEFT_CONFIG)
 def test_a_bad_peft_config_is_one_clear_line(train, tmp_path, name):
     text, message = BAD_PEFT_CONFIG[name]
+    file = tmp_path / "meta/peft.json"  # a folder's name must not be taken for a word of the error
+    file.parent.mkdir()
     if text:
-        (tmp_path / "peft.json").write_text(text)
-    with pytest.raises(UsageError, match=f"--peft_config {tmp_path / 'peft.json'}.*{message}") as error:
-        train(peft_config=tmp_path / "peft.json", lora_r=None, lora_alpha=None)
+        file.write_text(text)
+    with pytest.raises(UsageError, match=f"--peft_config {file}.*({message})") as error:
+        train(peft_config=file, lora_r=None, lora_alpha=None)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -593,6 +610,106 @@ def test_a_peft_config_with_some_layers_and_a_module_trained_whole(train, tmp_pa
     with pytest.raises(UsageError, match=r"another configuration: adapter.r \(2 there, 3 here\)"):
         train(**options, trained_layers=1, output_dir=tmp_path / "new",
               resume_from_checkpoint=tmp_path / "run/checkpoints/step_000010")  # fmt: skip
+
+
+ADALORA = {"peft_type": "ADALORA", "target_modules": TARGETS, "init_r": 6, "target_r": 2}
+
+
+@pytest.mark.parametrize("step", [3, 12, 17])  # before the first allocation, between two, in the final phase
+def test_adalora_resumes_exactly(train, tmp_path, step):
+    (tmp_path / "peft.json").write_text(json.dumps({**ADALORA, "tinit": 4, "tfinal": 5, "deltaT": 5}))
+    options = {"peft_config": tmp_path / "peft.json", "lora_r": None, "lora_alpha": None, "trained_layers": 2}
+    assert train(**options, output_dir=tmp_path / "whole", save_steps=step) == 0
+    checkpoint = tmp_path / f"whole/checkpoints/step_{step:06d}"
+    assert train(**options, output_dir=tmp_path / "resumed", resume_from_checkpoint=checkpoint) == 0
+    assert_same_adapter(tmp_path / "whole", tmp_path / "resumed")
+    one, two = (
+        json.loads((tmp_path / name / "adapter/adapter_config.json").read_text())["rank_pattern"]
+        for name in ("whole", "resumed")
+    )
+    assert one == two
+    assert 0 < sum(sum(kept) for kept in one.values()) <= 2 * len(one)  # the budget
+
+
+@pytest.mark.parametrize("total_step", [None, 40])
+def test_the_adalora_adapter_that_is_saved_is_the_one_that_was_validated(tiny, train, tmp_path, rows, total_step):
+    """Between two allocations, and in a schedule that goes on beyond the run, pruned singular values train again."""
+    config = {**ADALORA, "tinit": 2, "tfinal": 0, "deltaT": 10, "target_r": 1, "total_step": total_step}
+    (tmp_path / "peft.json").write_text(json.dumps(config))
+    (tmp_path / "validation.json").write_text(json.dumps(rows[:8]))
+    options = {"peft_config": tmp_path / "peft.json", "lora_r": None, "lora_alpha": None, "learning_rate": 2e-2}
+    options |= {"validation_file": tmp_path / "validation.json", "load_best_model_at_end": True, "eval_steps": 19}
+    assert train(**options, trained_layers=2) == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "run/adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    loss = tokens = 0.0
+    for row in rows[:8]:
+        encoded = encode(row, "alpaca", tokenizer, 256, False)
+        ids, labels = torch.tensor([encoded["input_ids"]]), torch.tensor([encoded["labels"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        loss += cross_entropy(logits, labels[0, 1:], reduction="sum").item()
+        tokens += (labels[0, 1:] != -100).sum().item()
+    assert loss / tokens == pytest.approx(record["best"]["validation_loss"], abs=1e-5)
+
+
+def test_what_would_train_in_bfloat16_is_refused_or_float32(train, tmp_path):
+    config = {"peft_type": "LN_TUNING", "target_modules": ["input_layernorm", "post_attention_layernorm"]}
+    (tmp_path / "peft.json").write_text(json.dumps(config))
+    options = {"peft_config": tmp_path / "peft.json", "lora_r": None, "lora_alpha": None, "dtype": "bfloat16"}
+    with pytest.raises(UsageError, match="would train in bfloat16, where small steps are lost: pass --bf16 true"):
+        train(**options)
+    assert not (tmp_path / "run").exists()
+    assert train(**options, bf16=True, learning_rate=1e-4) == 0
+    saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert all((tensor != 1).any() for tensor in saved.values())  # steps of 1e-4 beside 1: bfloat16 has none
+
+
+@pytest.mark.parametrize("method", ["series", "parallel"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_series_and_parallel_adapters_on_a_bfloat16_base(train, tmp_path, method, bf16):
+    assert train(peft_method=method, bottleneck_size=8, dtype="bfloat16", bf16=bf16, learning_rate=2e-2) == 0
+    losses = [line["loss"] for line in read_lines(tmp_path / "run/metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    assert {tensor.dtype for tensor in adapter_of(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_tied_embeddings_trained_whole_are_saved(train, tiny, tmp_path):
+    for file in tiny.iterdir():
+        (tmp_path / "tied").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "tied")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    (tmp_path / "peft.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    options = {"peft_config": tmp_path / "peft.json", "lora_r": None, "lora_alpha": None, "max_steps": 6}
+    assert train(**options, model_name_or_path=tmp_path / "tied", save_steps=3) == 0
+    assert any("embed_tokens" in name for name in adapter_of(tmp_path / "run"))
+
+
+def test_a_method_that_starts_from_the_weights_is_planned_without_them(train, tmp_path):
+    (tmp_path / "peft.json").write_text('{"peft_type": "SHIRA", "r": 2, "target_modules": ["q_proj"]}')
+    assert train(peft_config=tmp_path / "peft.json", lora_r=None, lora_alpha=None, max_steps=4) == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["layer_counts"]["n_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "VBLORA", "num_vectors": 8, "vector_length": 8}, "layers share trainable parameters"),
+        ({"peft_type": "OSF", "effective_rank": 4}, "projects gradients by hooks"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tiny, tmp_path, config, message):
+    (tmp_path / "peft.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    flags = ["--model_name_or_path", str(tiny), "--train_file", "x", "--peft_config", str(tmp_path / "peft.json")]
+    *parsed, _ = parse_arguments(train_ist.ARGUMENTS, flags, "")
+    args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
+    assert plan_layers(args, sharded=False)[0].n_layers == 4
+    with pytest.raises(UsageError, match=message):
+        plan_layers(args, sharded=True)
 
 
 @pytest.mark.parametrize("method", ["series", "parallel"])

@@ -26,9 +26,18 @@ class _Whole:
 class RestingRankAllocator(RankAllocator):
     """PEFT's allocator; the statistics of a layer that rests stay as they were.
 
-    A layer that was never trained counts as unimportant: its singular values are zero, so nothing is lost, and its
-    first training step gives it statistics like the others'.
+    They are running means from zero, so a layer is judged by its own number of updates, or those that trained rarely
+    would lose their rank for that alone. With all layers training, the order is PEFT's. A layer that has not trained at
+    all by the final allocation keeps no rank.
     """
+
+    def reset_ipt(self) -> None:
+        super().reset_ipt()
+        self.updates: dict[str, int] = {}
+
+    def _element_score(self, n: str) -> Tensor:
+        k = self.updates.get(n, 0)
+        return super()._element_score(n) / ((1 - self.beta1**k) * (1 - self.beta2**k)) if k else self.exp_avg_ipt[n]
 
     def _adapter(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {n: p for n, p in model.named_parameters() if "lora_" in n and self.adapter_name in n}
@@ -39,6 +48,7 @@ class RestingRankAllocator(RankAllocator):
             if parameter.grad is not None:
                 trained[name] = full_tensor(parameter).detach().clone()
                 trained[name].grad = full_tensor(parameter.grad)
+                self.updates[name] = self.updates.get(name, 0) + 1
             if name not in self.ipt:
                 for statistics in (self.ipt, self.exp_avg_ipt, self.exp_avg_unc):
                     statistics[name] = torch.zeros(parameter.shape, device=parameter.device)
@@ -94,17 +104,36 @@ class AdaLoraAllocation:
         """Update statistics and budget after optimizer step number `step`, from 1, while gradients are there."""
         self.tuner.update_and_allocate(step)
 
+    def keep_what_trained(self) -> None:
+        """Widen the rank pattern, by which PEFT cuts a saved adapter, to all that is not zero.
+
+        Between two allocations, and in a schedule that was not finished, singular values outside it train again.
+        """
+        adapter = f".{self.allocator.adapter_name}"
+        pattern = {name.replace(adapter, ""): kept for name, kept in (self.config.rank_pattern or {}).items()}
+        for name, parameter in self.allocator._adapter(self.tuner.model).items():
+            key = name.replace(adapter, "")
+            if key in pattern:
+                used = (full_tensor(parameter).view(-1) != 0).tolist()
+                pattern[key] = [a or b for a, b in zip(pattern[key], used, strict=True)]
+        self.config.rank_pattern = pattern or None
+
     def tensors(self) -> dict[str, Tensor]:
         """The statistics, whole, the same on every rank: what a resumed run needs."""
         kinds = {"ipt": self.allocator.exp_avg_ipt, "unc": self.allocator.exp_avg_unc}
         return {f"adalora|{kind}|{name}": tensor for kind, values in kinds.items() for name, tensor in values.items()}
 
-    def load(self, tensors: dict[str, Tensor], rank_pattern: dict | None) -> None:
+    def state_dict(self) -> dict:
+        """JSON-ready, beside `tensors`."""
+        return {"rank_pattern": self.config.rank_pattern, "updates": self.allocator.updates}
+
+    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
         self.allocator.reset_ipt()
+        self.allocator.updates = dict(state["updates"])
         kinds = {"ipt": self.allocator.exp_avg_ipt, "unc": self.allocator.exp_avg_unc}
         for key, tensor in tensors.items():
             if key.startswith("adalora|"):
                 _, kind, name = key.split("|")
                 kinds[kind][name] = tensor.to(self.tuner.model.get_parameter(name).device)
                 self.allocator.ipt[name] = torch.zeros_like(kinds[kind][name])
-        self.config.rank_pattern = rank_pattern
+        self.config.rank_pattern = state["rank_pattern"]

@@ -1,5 +1,6 @@
 """What can be set on a series or a parallel adapter."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -41,6 +42,8 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"bottleneck_size must be 1 or more; got {self.bottleneck_size}")
         if self.non_linearity not in ACT2FN:
             raise ValueError(f"non_linearity must be one of {', '.join(sorted(ACT2FN))}; got {self.non_linearity}")
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"scaling must be a finite number; got {self.scaling}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ist.adapters.config import BottleneckConfig
-from ist.adapters.layer import CANNOT_MERGE, BottleneckLayer, ParallelLayer, SeriesLayer
+from ist.adapters.layer import BottleneckLayer, ParallelLayer, SeriesLayer
 from ist.layers import default_target_modules
 
 
@@ -36,9 +36,6 @@ class BottleneckModel(BaseTuner):
         if adapter_name not in self.active_adapters:  # an additional adapter trains when it is made active
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(CANNOT_MERGE)
 
 
 class SeriesModel(BottleneckModel):

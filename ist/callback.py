@@ -1,0 +1,146 @@
+"""Importance-aware Sparse Tuning in transformers.Trainer and what derives from it, TRL's trainers among them.
+
+    trainer = Trainer(model=peft_model, args=args, train_dataset=rows, callbacks=[ISTCallback(ISTConfig())])
+
+One process or several under DistributedDataParallel; train_ist.py has FSDP2 as well.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ist.config import ISTConfig
+from ist.data import IGNORE, probe_rows
+from ist.layers import drop_input_grad_hooks
+from ist.report import IMPORTANCE, PICTURE, importance_values, keep_lines, plot_importance, read_lines
+from ist.tuner import SparseTuner, token_loss_sum
+
+
+class ISTCallback(TrainerCallback, ExportableState):
+    """The paper's Algorithm 1 beside a Trainer.
+
+    Before each optimizer step the layers that train are chosen; when an importance update is due, the losses of the
+    candidate sets are measured on rows of the training set, collated as for training.
+
+    A resumed Trainer goes on with the scores of its checkpoint. In `args.output_dir` stand importance.jsonl, a line for
+    each update, and importance.png; W&B gets importance/… and probe/… where the Trainer reports to it.
+
+    Args:
+        config: the method's hyper-parameters, or a dictionary of them. `probe_batch_size` defaults to the global batch.
+
+    Attributes:
+        tuner: the SparseTuner, from the beginning of training on.
+
+    Raises:
+        ValueError: at the beginning of training, where the Trainer is set up so that layers could not rest.
+    """
+
+    def __init__(self, config: ISTConfig | Mapping[str, Any] | None = None) -> None:
+        self.config = config if isinstance(config, ISTConfig) else ISTConfig(**(config or {}))
+        self.tuner: SparseTuner | None = None
+        self.restored: dict | None = None  # the tuner's state, where the Trainer restored this callback itself
+
+    def state(self) -> dict:
+        """What the Trainer writes to trainer_state.json in each checkpoint."""
+        attributes = {"restored": self.tuner.state_dict() if self.tuner else None}
+        return {"args": {"config": asdict(self.config)}, "attributes": attributes}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_dataloader: DataLoader,
+        **kwargs,
+    ) -> None:
+        if self.tuner is not None:  # training began before, and may have been broken off
+            self.tuner.release()
+        _require_served(args, train_dataloader)
+        drop_input_grad_hooks(model)
+        self.tuner = SparseTuner(model, self.config, lambda step: _probe_loss(self.tuner, step, args, train_dataloader))
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not all(id(parameter) in trained for parameter in self.tuner.trained_parameters()):
+            raise ValueError("the optimizer lacks adapter parameters: make it while all layers can be trained")
+        if state.global_step:
+            saved = state.stateful_callbacks.get(type(self).__name__, {})
+            saved = (saved[0] if isinstance(saved, list) else saved).get("attributes", {}).get("restored")
+            if saved or self.restored:
+                self.tuner.load_state_dict(saved or self.restored)
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            keep_lines(Path(args.output_dir) / IMPORTANCE, lambda line: line["step"] < state.global_step)
+            layers, (n_layers, n_trained, _) = self.tuner.layers, self.tuner.sampler.counts
+            print(f"IST: {n_layers} layers, {n_trained} trained per step (selection {self.config.selection})")
+            if layers.outside:
+                print(f"In no layer, or shared by several, so trained at every step: {', '.join(layers.outside[:5])}")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        update = self.tuner.begin_step(state.global_step)
+        if update and state.is_world_process_zero:
+            with open(Path(args.output_dir) / IMPORTANCE, "a") as file:
+                file.write(json.dumps(update) + "\n")
+            if "wandb" in args.report_to:
+                import wandb
+
+                if wandb.run is not None:
+                    values = importance_values(update, self.tuner.trained_counts)
+                    wandb.log(values | {"train/global_step": state.global_step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.tuner.release()
+        if state.is_world_process_zero:
+            output_dir = Path(args.output_dir)
+            updates, counts = read_lines(output_dir / IMPORTANCE), self.tuner.trained_counts
+            plot_importance(output_dir / PICTURE, updates, counts, state.global_step, output_dir.name)
+
+
+def _require_served(args: TrainingArguments, train_dataloader: DataLoader) -> None:
+    kind = AcceleratorState().distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(f"ISTCallback runs on one process or under DDP, not under {kind.value}: use train_ist.py")
+    if args.world_size > 1 and args.ddp_find_unused_parameters is False:
+        raise ValueError("ddp_find_unused_parameters must be true (the default with PEFT): layers that rest are unused")
+    if args.torch_compile:
+        raise ValueError("torch_compile must be false: a compiled model ignores the hooks that suppress responses")
+    if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError('activation_checkpointing_kwargs must be {"use_reentrant": False}, the default')
+    if not hasattr(train_dataloader.dataset, "__getitem__") or not hasattr(train_dataloader.dataset, "__len__"):
+        raise ValueError("train_dataset must have a length and rows by number: probes are drawn from it")
+
+
+def _probe_batches(step: int, config: ISTConfig, args: TrainingArguments, loader: DataLoader) -> Iterator[dict]:
+    """This rank's share of the probe rows of `step`, collated as for training."""
+    size, rank, world_size = args.per_device_train_batch_size, args.process_index, args.world_size
+    count = config.probe_batch_size or size * args.gradient_accumulation_steps * world_size
+    indices = probe_rows(len(loader.dataset), count, config.seed, step)
+    for start in range(rank * size, len(indices), size * world_size):
+        yield loader.collate_fn([loader.dataset[i] for i in indices[start : start + size]])
+
+
+def _probe_loss(tuner: SparseTuner, step: int, args: TrainingArguments, loader: DataLoader) -> Tensor:
+    """[2] float64: (sum of token losses, predicted tokens) over this rank's share."""
+    total = torch.zeros(2, dtype=torch.float64, device=args.device)
+    for batch in _probe_batches(step, tuner.config, args, loader):
+        if "labels" not in batch:
+            raise ValueError("the data collator gives no labels: there is no loss to measure importance by")
+        batch = {key: value.to(args.device) for key, value in batch.items() if isinstance(value, Tensor)}
+        total[0] += token_loss_sum(tuner.model, batch)
+        predicted = batch["labels"] if tuner.model.config.is_encoder_decoder else batch["labels"][:, 1:]
+        total[1] += (predicted != IGNORE).sum()
+    return total

@@ -1,0 +1,180 @@
+"""ISTCallback: the losses of train_ist.py in Trainer and SFTTrainer, the same layers on two ranks, exact resume."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from callback_run import IST, arguments, in_order, lora, pad
+from conftest import ROOT, read_lines, reset_accelerate
+from datasets import IterableDataset
+from peft import LoraConfig, get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import train_ist
+from ist import ISTCallback, ISTConfig
+
+
+class InOrderBatches:
+    """Instead of train_ist.py's permutations."""
+
+    def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
+        self.n_rows, self.batch_size = n_rows, batch_size
+
+    def rows(self, step: int) -> list[int]:
+        return [(step * self.batch_size + i) % self.n_rows for i in range(self.batch_size)]
+
+
+@pytest.fixture
+def reference(train, tmp_path, monkeypatch):
+    """(rows, metrics, updates) of 20 steps of train_ist.py on rows in their order."""
+    seen, prepare = {}, train_ist.prepare_data
+    monkeypatch.setattr(train_ist, "GlobalBatches", InOrderBatches)
+    monkeypatch.setattr(train_ist, "prepare_data", lambda args: seen.setdefault("data", prepare(args)))
+    assert train(**IST, lora_dropout=0, max_steps=20) == 0
+    metrics = read_lines(tmp_path / "run/metrics.jsonl")
+    return seen["data"].rows, metrics, read_lines(tmp_path / "run/importance.jsonl")
+
+
+def make(trainer_class, output_dir, tiny, rows, batch_size=4, config=None, **options):
+    reset_accelerate()
+    sft = trainer_class is SFTTrainer
+    if sft:
+        options = {"bf16": False, "gradient_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True},
+                   "loss_type": "nll", **options}  # fmt: skip
+    return in_order(trainer_class)(
+        model=lora(tiny),
+        args=(SFTConfig if sft else TrainingArguments)(**arguments(output_dir, batch_size, **options)),
+        train_dataset=rows,
+        data_collator=pad,
+        callbacks=[ISTCallback(config or ISTConfig(**IST))],
+    )
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, SFTTrainer])
+def test_the_losses_are_those_of_train_ist(reference, tiny, tmp_path, trainer_class):
+    rows, metrics, updates = reference
+    trainer = make(trainer_class, tmp_path / "hf", tiny, rows)
+    trainer.train()
+    assert [layers for _, layers in trainer.seen] == [line["trained_layers"] for line in metrics]
+    assert [loss for loss, _ in trainer.seen] == pytest.approx([line["loss"] for line in metrics], abs=1e-5)
+    ours = read_lines(tmp_path / "hf/importance.jsonl")
+    assert [update["step"] for update in ours] == [4, 8, 12, 16]
+    for one, two in zip(ours, updates, strict=True):
+        assert one["candidates"] == two["candidates"]
+        assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
+    assert max(ours[-1]["scores"]) > 0.01
+    assert (tmp_path / "hf/importance.png").stat().st_size > 10_000
+    assert all(p.requires_grad for name, p in trainer.model.named_parameters() if "lora_" in name)
+
+
+def test_accumulation_is_one_step(reference, tiny, tmp_path):
+    rows, metrics, _ = reference
+    trainer = make(Trainer, tmp_path / "hf", tiny, rows, batch_size=2, gradient_accumulation_steps=2)
+    trainer.train()
+    layers = [layers for _, layers in trainer.seen]
+    assert layers[0::2] == layers[1::2] == [line["trained_layers"] for line in metrics]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_trainer_continues_the_scores(reference, tiny, tmp_path, restore):
+    rows, _, _ = reference
+    options = {"save_strategy": "steps", "save_steps": 10, "restore_callback_states_from_checkpoint": restore}
+    whole = make(Trainer, tmp_path / "whole", tiny, rows, **options)
+    whole.train()
+    # As a crash after step 13 leaves it: a later update stands in the file.
+    resumed = make(Trainer, tmp_path / "resumed", tiny, rows, **options)
+    resumed.train()
+    checkpoint = tmp_path / "resumed/checkpoint-10"
+    resumed = make(Trainer, tmp_path / "resumed", tiny, rows, **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert len(resumed.seen) == 10
+    assert [layers for _, layers in resumed.seen] == [layers for _, layers in whole.seen[10:]]
+    one, two = (read_lines(tmp_path / name / "importance.jsonl") for name in ("whole", "resumed"))
+    assert [line["step"] for line in two] == [4, 8, 12, 16]
+    assert [line["scores"] for line in one] == [line["scores"] for line in two]
+    parameters = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, parameters[name]) for name, p in resumed.model.named_parameters())
+
+
+def test_two_ranks_train_the_same_layers_and_resume(reference, tiny, tmp_path):
+    rows, metrics, updates = reference
+    os.symlink(tiny, tmp_path / "tiny")
+    (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", "accelerate_configs/ddp.yaml", "tests/callback_run.py", str(tmp_path)]
+    for arguments_ in ([], [str(tmp_path / "run/checkpoint-10")]):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        result = subprocess.run(
+            [*command, *arguments_], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+        assert first["world_size"] == 2
+        assert first["wrapped"] == "DistributedDataParallel"
+        assert (
+            first["trained"]
+            == second["trained"]
+            == [line["trained_layers"] for line in metrics][-len(first["trained"]) :]
+        )
+        assert first["scores"] == second["scores"] == pytest.approx(updates[-1]["scores"], abs=0.05)
+    assert len(first["trained"]) == 10
+
+
+def test_what_cannot_rest_is_refused(reference, tiny, tmp_path):
+    rows, _, _ = reference
+    trainer = make(Trainer, tmp_path / "a", tiny, rows, torch_compile=True)
+    with pytest.raises(ValueError, match="torch_compile must be false"):
+        trainer.train()
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="use_reentrant"):
+        make(Trainer, tmp_path / "b", tiny, rows, **reentrant).train()
+    stream = IterableDataset.from_generator(lambda: iter(rows.to_list()))
+    with pytest.raises(ValueError, match="train_dataset must have a length"):
+        make(Trainer, tmp_path / "c", tiny, stream).train()
+    trainer = make(Trainer, tmp_path / "d", tiny, rows)
+    for name, parameter in trainer.model.named_parameters():
+        if ".layers.2." in name:
+            parameter.requires_grad_(False)
+    trainer.create_optimizer()
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match="optimizer lacks adapter parameters"):
+        trainer.train()
+
+
+def test_gradient_checkpointing_changes_nothing(reference, tiny, tmp_path):
+    rows, metrics, _ = reference
+    trainer = make(Trainer, tmp_path / "hf", tiny, rows, gradient_checkpointing=True)
+    trainer.train()
+    assert [loss for loss, _ in trainer.seen] == pytest.approx([line["loss"] for line in metrics], abs=1e-5)
+
+
+@pytest.mark.parametrize(("stack", "n_layers"), [("decoder", 3), ("encoder", 2), ("both", 5)])
+def test_an_encoder_decoder(tmp_path, rows, stack, n_layers):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4, d_kv=8,
+                      dropout_rate=0.0, decoder_start_token_id=0)  # fmt: skip
+    model = get_peft_model(T5ForConditionalGeneration(config), LoraConfig(r=4, target_modules=["q", "v", "wi", "wo"]))
+    data = [{"input_ids": [5 + i % 7, 9, 1], "labels": [20 + i % 7, 21, 1]} for i in range(12)]
+    reset_accelerate()
+    callback = ISTCallback({"update_interval": 4, "score_lr": 1000, "trained_layers": 1, "layer_stack": stack})
+    trainer = in_order(Trainer)(
+        model=model,
+        args=TrainingArguments(**arguments(tmp_path, 4, max_steps=40, learning_rate=2e-2)),
+        train_dataset=data,
+        data_collator=lambda batch: {k: torch.tensor([row[k] for row in batch]) for k in ("input_ids", "labels")},
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.tuner.layers.n_layers == n_layers
+    places = {name.split(".")[2] for name in callback.tuner.layers.names}
+    assert places == ({"decoder", "encoder"} if stack == "both" else {stack})
+    assert bool(callback.tuner.layers.outside) == (stack != "both")
+    losses = [loss for loss, _ in trainer.seen]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert max(map(abs, callback.tuner.sampler.scores.tolist())) > 0.01
