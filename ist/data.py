@@ -379,10 +379,10 @@ def arithmetic_rows(count: int, seed: int, held_out: bool) -> list[dict]:
 
 @dataclass
 class DemoDataArguments:
-    output_dir: str = field(metadata={"help": "Where train.json, validation.json and test.json go."})
+    output_dir: str = field(metadata={"help": "Where train.json, validation.json and held_out.json go."})
     train_rows: int = field(default=480, metadata={"help": "Rows of train.json."})
     validation_rows: int = field(default=64, metadata={"help": "Rows of validation.json: as train.json, other rows."})
-    test_rows: int = field(default=96, metadata={"help": "Rows of test.json: other numbers and other templates."})
+    test_rows: int = field(default=96, metadata={"help": "Rows of held_out.json: other numbers and other templates."})
     seed: int = field(default=0, metadata={"help": "Seed of the rows."})
 
 
@@ -394,7 +394,7 @@ def main(argv: Sequence[str]) -> int:
     parts = {
         "train": seen[: arguments.train_rows],
         "validation": seen[arguments.train_rows :],
-        "test": arithmetic_rows(arguments.test_rows, arguments.seed, held_out=True),
+        "held_out": arithmetic_rows(arguments.test_rows, arguments.seed, held_out=True),
     }
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

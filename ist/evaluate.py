@@ -1,17 +1,23 @@
-"""Exact-answer score of a model, with or without an adapter, on rows whose answer is a number.
+"""Accuracy of a model, with or without an adapter, on the paper's tasks in the LLM-Adapters protocol; perplexity.
 
-    python -m ist.evaluate --model_name_or_path M --adapter runs/demo/adapter --test_file test.json --output_dir O
+    python -m ist.evaluate --model_name_or_path M --adapter runs/X/adapter --test_file boolq/test.json --output_dir O
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m ist.evaluate ...  (shared out)
 
-Leaves O/<name of the test file>.jsonl, a line per row, and O/summary.json.
+Leaves O/<task>.jsonl, a line per row, and O/summary.json. A run that was stopped goes on from what it has written.
 """
 
+import hashlib
 import json
+import math
+import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ist.config import quiet_known_warnings
 
@@ -19,33 +25,39 @@ quiet_known_warnings()
 
 import datasets
 import torch
-from peft import PeftModel
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.checkpoint import write_json
 from ist.config import UsageError, brief, parse_arguments, require, run_command
 from ist.data import load_rows, make_prompt
+from ist.distributed import reduce_sum
+from ist.report import read_lines, require_writable
+
+# ------------------------------------------------------------------------------------------------------------- answers
 
 
-@dataclass
-class EvaluateArguments:
-    model_name_or_path: str = field(metadata={"help": "The base model."})
-    test_file: str = field(metadata={"help": "Rows with instruction, output and a numeric answer."})
-    output_dir: str = field(metadata={"help": "Where the answers and the summary go."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder of a PEFT adapter; default: the base alone."})
-    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = field(
-        default="alpaca", metadata={"help": "As in training."}
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "Of the base weights."})
-    batch_size: int = field(default=16, metadata={"help": "Rows generated at a time."})
-    num_beams: int = field(default=4, metadata={"help": "Beams of the search; 1 is greedy."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
+def extract_label(labels: Sequence[str]) -> Callable[[str], str | None]:
+    """The first of `labels` in a text, as LLM-Adapters' scripts have it: anywhere, lower case; None: none, so wrong."""
+    pattern = re.compile("|".join(labels))
 
-    def __post_init__(self) -> None:
-        for key in ("batch_size", "num_beams", "max_new_tokens"):
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+    def extract(text: str) -> str | None:
+        found = pattern.search(text)
+        return found.group() if found else None
+
+    return extract
+
+
+def extract_letter(text: str) -> str | None:
+    """The first capital A to E of a text (AQuA)."""
+    found = re.search("[A-E]", text)
+    return found.group() if found else None
 
 
 def extract_number(text: str) -> float | None:
@@ -54,15 +66,232 @@ def extract_number(text: str) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-def main(argv: Sequence[str]) -> int:
-    args, _ = parse_arguments([EvaluateArguments], argv, __doc__.split("\n")[0])
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    rows = load_rows("test_file", [args.test_file])
+@dataclass
+class Answers:
+    """How a task's answers look: what is read from an output, when it is right, and what can be chosen from."""
+
+    kind: Literal["label", "letter", "number"]
+    extract: Callable[[str], Any]
+    gold: list[Any]
+    labels: tuple[str, ...] = ()
+
+    def right(self, extracted: Any, i: int) -> bool:
+        if self.kind == "number":
+            return extracted is not None and abs(extracted - self.gold[i]) < 1e-3
+        return extracted == self.gold[i]
+
+
+# As the scripts list them: they look for answer5 in every task with answers, for ending4 in every one with endings.
+LABELS = (
+    ("true", "false"),
+    ("solution1", "solution2"),
+    ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    ("ending1", "ending2", "ending3", "ending4"),
+    ("option1", "option2"),
+)
+
+
+def answers_of(rows: Dataset, file: str) -> Answers:
+    """The format of the answers, told from the rows' `answer`.
+
+    Raises:
+        UsageError: no such column, or not one of the formats of the paper's tasks.
+    """
+    if "answer" not in rows.column_names or "instruction" not in rows.column_names:
+        raise UsageError(f"--test_file {file} needs the columns instruction and answer; got {rows.column_names}.")
+    gold = [str(answer).strip() for answer in rows["answer"]]
+    for labels in LABELS:
+        if set(gold) <= set(labels):
+            return Answers("label", extract_label(labels), gold, labels)
+    if all(re.fullmatch("[A-E]", answer) for answer in gold):
+        return Answers("letter", extract_letter, gold, tuple("ABCDE"))
     try:
-        gold = [float(str(row["answer"]).replace(",", "")) for row in rows]
-    except (KeyError, ValueError, AttributeError) as error:
-        raise UsageError(f"--test_file {args.test_file} needs a column answer with a number in every row.") from error
+        return Answers("number", extract_number, [float(answer.replace(",", "")) for answer in gold])
+    except ValueError:
+        listed = "; ".join("/".join(labels) for labels in LABELS)
+        seen = ", ".join(sorted(set(gold))[:4])
+        raise UsageError(
+            f"--test_file {file}: its task cannot be told from its answers: {listed}; A to E; or numbers; got {seen}."
+        ) from None
+
+
+def task_name(file: str) -> str:
+    """boolq of boolq.json, and of boolq/test.json."""
+    path = Path(file)
+    return path.parent.resolve().name if path.stem in ("test", "validation", "train") else path.stem
+
+
+def choices(instruction: str, answers: Answers) -> list[str]:
+    """The answers that an instruction lists: those of its answer format, or its (A) (B) …; else all of the task's."""
+    if answers.kind == "letter":
+        listed = re.findall(r"\(([A-E])\)", instruction)
+    else:
+        _, marker, form = instruction.rpartition("Answer format:")
+        listed = [label for label in answers.labels if marker and re.search(rf"\b{label}\b", form)]
+    return list(dict.fromkeys(listed)) or list(answers.labels)
+
+
+def wilson(right: int, rows: int) -> tuple[float, float]:
+    """95 % interval of an accuracy (Wilson's score interval)."""
+    z, p = 1.959964, right / rows
+    centre, spread = p + z * z / (2 * rows), z * math.sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows))
+    return (centre - spread) / (1 + z * z / rows), (centre + spread) / (1 + z * z / rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class Scorer:
+    """A model and its tokenizer, and the three things that are asked of them."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: "EvaluateArguments") -> None:
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.device = next(model.parameters()).device
+        self.special = args.prompt_template != "chat"  # a chat template writes its own
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        """What follows each prompt. Padded on the left and masked, so that a row does not depend on its batch."""
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=self.special)
+        tokens = self.model.generate(
+            **inputs.to(self.device),
+            max_new_tokens=max_new_tokens,
+            num_beams=self.args.num_beams,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def log_likelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """log p(continuation | prompt), summed over the continuation's tokens, for each (prompt, continuation)."""
+        rows, starts = [], []
+        for prompt, continuation in pairs:
+            before = self.tokenizer(prompt, add_special_tokens=self.special)["input_ids"]
+            whole = self.tokenizer(prompt + continuation, add_special_tokens=self.special)["input_ids"]
+            if self.special and whole[-1] == self.tokenizer.eos_token_id:
+                whole = whole[:-1]
+            same = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
+            rows.append(whole)
+            starts.append(max(same, 1))
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        losses = self._token_losses(ids, mask)  # [B, width - 1]: of token t + 1
+        return [-losses[i, start - 1 : len(row) - 1].sum().item() for i, (row, start) in enumerate(zip(rows, starts))]
+
+    def _token_losses(self, ids: Tensor, mask: Tensor) -> Tensor:
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double()
+
+    @torch.inference_mode()
+    def perplexity(self, text: str, max_length: int, state: PartialState) -> dict[str, float]:
+        """exp of the mean loss of a text's tokens, in windows of `max_length` side by side, shared out over ranks."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+        windows = [window for window in windows if len(window) > 1]
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        mine = windows[state.process_index :: state.num_processes]
+        for window in progress(mine, "window", state):
+            batch = torch.tensor([window], device=self.device)
+            losses = self._token_losses(batch, torch.ones_like(batch))
+            total += torch.tensor([losses.sum().item(), losses.numel()], dtype=torch.float64, device=self.device)
+        loss_sum, tokens = reduce_sum(total).tolist()
+        return {"perplexity": math.exp(loss_sum / tokens), "loss": loss_sum / tokens, "tokens": int(tokens)}
+
+
+def progress(items: Sequence, unit: str, state: PartialState) -> Iterator:
+    """A bar on a terminal, ten lines elsewhere; rank 0 only."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, unit=unit, disable=not state.is_main_process)
+        return
+    for i, item in enumerate(items):
+        yield item
+        if state.is_main_process and ((i + 1) * 10 // len(items) > i * 10 // len(items)):
+            print(f"{i + 1}/{len(items)} {unit}s", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+@dataclass
+class EvaluateArguments:
+    model_name_or_path: str = field(metadata={"help": "The base model."})
+    output_dir: str = field(metadata={"help": "Where the answers and the summary go."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder of a PEFT adapter; default: the base alone."})
+    any_base: bool = field(default=False, metadata={"help": "Take an adapter that names another base model."})
+    test_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rows with instruction and answer; the file's stem or folder is the task's name."},
+    )
+    perplexity_file: list[str] = field(default_factory=list, metadata={"help": "Plain text to take the perplexity of."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a window of plain text."})
+    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = field(
+        default="alpaca", metadata={"help": "As in training."}
+    )
+    scoring: Literal["generation", "likelihood"] = field(
+        default="generation", metadata={"help": "likelihood: which of the listed choices is the most likely answer."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "Of the base weights."})
+    batch_size: int = field(default=16, metadata={"help": "Rows at a time."})
+    num_beams: int = field(default=4, metadata={"help": "Beams of the search; 1 is greedy."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of an answer at most; default 32, and 256 where it is worked out."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Only the first rows of each file."})
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "num_beams", "max_new_tokens", "max_rows"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, "1 or more", value)
+        require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
+        if not self.test_file and not self.perplexity_file:
+            raise UsageError("give --test_file FILE [FILE ...] or --perplexity_file FILE [FILE ...].")
+        names = Counter(task_name(file) for file in self.test_file)
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise UsageError(f"--test_file has more than one file of the task {repeated[0]}: evaluate them apart.")
+
+
+# What may change between a run and the one that goes on with it.
+FREE_KEYS = ("output_dir", "batch_size", "test_file", "perplexity_file")
+
+
+def load_tasks(args: EvaluateArguments) -> dict[str, tuple[Dataset, Answers]]:
+    tasks = {}
+    for file in args.test_file:
+        rows = load_rows("test_file", [file])
+        if args.max_rows:
+            rows = rows.select(range(min(args.max_rows, len(rows))))
+        answers = answers_of(rows, file)
+        if args.scoring == "likelihood" and answers.kind == "number":
+            raise UsageError(f"--scoring likelihood needs choices; the answers of {file} are numbers.")
+        tasks[task_name(file)] = rows, answers
+    return tasks
+
+
+def require_base(args: EvaluateArguments) -> None:
+    """Raises UsageError when the adapter says that it belongs to another model, or is none."""
+    if not args.adapter:
+        return
+    if not (Path(args.adapter) / "adapter_config.json").exists():
+        raise UsageError(f"--adapter {args.adapter} is not a folder with an adapter (no adapter_config.json).")
+    base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    if base and Path(base).name.lower() != Path(args.model_name_or_path).name.lower() and not args.any_base:
+        raise UsageError(
+            f"--adapter {args.adapter} belongs to {base}, not to {args.model_name_or_path}; --any_base true takes it."
+        )
+
+
+def adapter_digest(folder: str | None) -> str | None:
+    """Tells an adapter that was trained anew in the same folder from the one before."""
+    if folder is None:
+        return None
+    files = sorted(Path(folder).glob("adapter_*"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def load_scorer(args: EvaluateArguments, device: torch.device) -> Scorer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
@@ -72,39 +301,176 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{args.adapter or args.model_name_or_path} cannot be loaded: {brief(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
     if args.prompt_template == "chat" and not tokenizer.chat_template:
         raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
+    return Scorer(model.to(device).eval(), tokenizer, args)
 
-    prompts = [make_prompt(row, args.prompt_template, tokenizer) for row in rows]
+
+def _whole_lines(file: Path) -> Iterator[dict]:
+    """The lines of a shard, without one that a kill cut short."""
+    for line in file.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def gather(output_dir: Path, task: str) -> dict[int, dict]:
+    """Rows that are done, by number, from the shards that ranks wrote, of this run and of those before."""
+    lines = (line for file in sorted(output_dir.glob(f".{task}.*.jsonl")) for line in _whole_lines(file))
+    return {line["row"]: line for line in lines}
+
+
+def evaluate_task(
+    scorer: Callable[[], Scorer],
+    name: str,
+    rows: Dataset,
+    answers: Answers,
+    args: EvaluateArguments,
+    state: PartialState,
+) -> dict | None:
+    """Score the rows that no earlier run has scored, and write O/<task>.jsonl; the task's line of the summary."""
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    right = 0
-    with open(output_dir / f"{Path(args.test_file).stem}.jsonl", "w") as file:
-        for start in tqdm(range(0, len(rows), args.batch_size), unit="batch", disable=not sys.stderr.isatty()):
-            batch = prompts[start : start + args.batch_size]
-            special = args.prompt_template != "chat"
-            inputs = tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=special).to(device)
-            with torch.inference_mode():
-                tokens = model.generate(
-                    **inputs,
-                    max_new_tokens=args.max_new_tokens,
-                    num_beams=args.num_beams,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, answer in enumerate(answers, start):
-                extracted = extract_number(answer)
-                correct = extracted is not None and abs(extracted - gold[i]) < 1e-3
-                right += correct
-                line = {"prompt": prompts[i], "output": answer, "extracted": extracted, "gold": gold[i]}
-                file.write(json.dumps({**line, "right": correct}) + "\n")
-            done = min(start + args.batch_size, len(rows))
-            print(f"{done}/{len(rows)} rows, {right} right ({right / done:.1%})", flush=True)
-    summary = {"rows": len(rows), "right": right, "accuracy": right / len(rows), "arguments": vars(args)}
-    write_json(output_dir / "summary.json", summary)
+    final = output_dir / f"{name}.jsonl"
+    if not final.exists():
+        done = gather(output_dir, name)
+        state.wait_for_everyone()  # nobody writes before everybody has read
+        left = sorted(set(range(len(rows))) - done.keys())
+        if done:
+            state.print(f"{name}: going on after {len(done)} of {len(rows)} rows")
+        if left:
+            _score(scorer(), name, rows, answers, left[state.process_index :: state.num_processes], args, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            lines = gather(output_dir, name)
+            if lines.keys() != set(range(len(rows))):
+                raise RuntimeError(f"{name}: {len(lines)} of {len(rows)} rows were scored")
+            temporary = output_dir / f".{name}.tmp"
+            temporary.write_text("".join(json.dumps(lines[i]) + "\n" for i in range(len(rows))))
+            temporary.replace(final)
+            for shard in output_dir.glob(f".{name}.*.jsonl"):
+                shard.unlink()
+        state.wait_for_everyone()
+    right = [line["right"] for line in read_lines(final)]
+    if len(right) != len(rows):
+        raise UsageError(
+            f"--output_dir: {final} has {len(right)} rows, the test file {len(rows)}. Choose another folder."
+        )
+    low, high = wilson(sum(right), len(right))
+    return {"rows": len(right), "right": sum(right), "accuracy": sum(right) / len(right), "interval": [low, high]}
+
+
+def _score(
+    scorer: Scorer,
+    name: str,
+    rows: Dataset,
+    answers: Answers,
+    mine: list[int],
+    args: EvaluateArguments,
+    state: PartialState,
+) -> None:
+    """Write a line for each row of `mine` to a shard of this process's own."""
+    prompts = {i: make_prompt(rows[i], args.prompt_template, scorer.tokenizer) for i in mine}
+    mine = sorted(mine, key=lambda i: len(prompts[i]), reverse=True)  # what needs most memory comes first
+    batches = [mine[start : start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
+    state.print(f"{name}: {len(rows)} rows")
+    with open(Path(args.output_dir) / f".{name}.{uuid.uuid4().hex}.jsonl", "w") as file:
+        for batch in progress(batches, "batch", state):
+            if args.scoring == "generation":
+                tokens = args.max_new_tokens or (32 if answers.kind == "label" else 256)
+                outputs = scorer.generate([prompts[i] for i in batch], tokens)
+                found = [(output, answers.extract(output)) for output in outputs]
+            else:
+                found = [_most_likely(scorer, prompts[i], choices(rows[i]["instruction"], answers)) for i in batch]
+            for i, (output, extracted) in zip(batch, found, strict=True):
+                line = {"row": i, "prompt": prompts[i], "output": output, "extracted": extracted}
+                line |= {"gold": answers.gold[i], "right": answers.right(extracted, i)}
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+
+
+def _most_likely(scorer: Scorer, prompt: str, listed: list[str]) -> tuple[str, str]:
+    """(log-likelihoods as JSON, the best choice); the answer is worded as in the training rows."""
+    values = scorer.log_likelihoods([(prompt, f"the correct answer is {choice}") for choice in listed])
+    scores = dict(zip(listed, values, strict=True))
+    return json.dumps(scores), max(scores, key=scores.get)
+
+
+def as_table(summary: dict) -> str:
+    lines = [f"| {'task':<14} |  rows | accuracy | 95 % interval |", f"|{'-' * 16}|-------|----------|---------------|"]
+    for name, task in summary["tasks"].items():
+        low, high = task["interval"]
+        lines.append(f"| {name:<14} | {task['rows']:5} | {task['accuracy']:8.1%} | {low:5.1%} – {high:5.1%} |")
+    if summary["tasks"]:
+        lines.append(f"| {'average':<14} |       | {summary['average']:8.1%} |               |")
+    for name, text in summary["perplexity"].items():
+        lines.append(f"{name}: perplexity {text['perplexity']:.3f} over {text['tokens']} tokens")
+    return "\n".join(lines if summary["tasks"] else lines[2:])
+
+
+def _training_run(adapter: str | None) -> dict | None:
+    """What the run that made the adapter says of itself, where its run.json stands beside."""
+    try:
+        run = json.loads((Path(adapter or "") / "../run.json").read_text()) if adapter else None
+    except (OSError, ValueError):
+        return None
+    keys = ("configuration", "commit", "best", "steps")
+    return {key: run.get(key) for key in keys} if run else None
+
+
+def main(argv: Sequence[str]) -> int:
+    args, _ = parse_arguments([EvaluateArguments], argv, __doc__.split("\n")[0])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UsageError("evaluation puts a whole model on each device: launch with accelerate_configs/ddp.yaml.")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    require_base(args)
+    tasks = load_tasks(args)
+    texts = {}
+    for file in args.perplexity_file:
+        try:
+            texts[Path(file).stem] = Path(file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--perplexity_file {file} cannot be read: {brief(error)}.") from error
+        if not texts[Path(file).stem].strip():
+            raise UsageError(f"--perplexity_file {file} is empty.")
+
+    output_dir = Path(args.output_dir)
+    require_writable(output_dir)
+    settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
+    settings["adapter_digest"] = adapter_digest(args.adapter)
+    file = output_dir / "arguments.json"
+    if file.exists() and (earlier := json.loads(file.read_text())) != settings:
+        differing = ", ".join(key for key in settings if settings[key] != earlier.get(key))
+        raise UsageError(f"--output_dir {output_dir} holds results of another {differing}. Choose another folder.")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_json(file, settings)
+
+    loaded: list[Scorer] = []
+
+    def scorer() -> Scorer:
+        """Loaded when the first row needs it: a finished evaluation needs none."""
+        if not loaded:
+            loaded.append(load_scorer(args, state.device))
+        return loaded[0]
+
+    results = {name: evaluate_task(scorer, name, *task, args, state) for name, task in tasks.items()}
+    perplexity = {name: scorer().perplexity(text, args.max_length, state) for name, text in texts.items()}
+    accuracies = [result["accuracy"] for result in results.values()]
+    summary = {
+        "tasks": results,
+        "average": sum(accuracies) / len(accuracies) if accuracies else None,  # unweighted, as in the paper
+        "perplexity": perplexity,
+        "arguments": asdict(args) | {"adapter_digest": settings["adapter_digest"]},
+        "training": _training_run(args.adapter),
+    }
+    if state.is_main_process:
+        write_json(output_dir / "summary.json", summary)
+        print(as_table(summary), flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
     return 0
 
 

@@ -24,13 +24,13 @@ dtype=float32
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 
 say "2/5 Word problems"
-if [ ! -f "$run/data/test.json" ]; then .venv/bin/python -m ist.data --output_dir "$run/data"; fi
+if [ ! -f "$run/data/held_out.json" ]; then .venv/bin/python -m ist.data --output_dir "$run/data"; fi
 
 evaluate() { # NAME [--adapter DIR]
   local name=$1
   shift
   if [ ! -f "$run/$name/summary.json" ]; then
-    .venv/bin/python -m ist.evaluate --model_name_or_path $model --dtype $dtype --test_file "$run/data/test.json" \
+    .venv/bin/python -m ist.evaluate --model_name_or_path $model --dtype $dtype --test_file "$run/data/held_out.json" \
       --num_beams 1 --max_new_tokens 48 --batch_size 32 --output_dir "$run/$name" "$@"
   fi
 }
@@ -56,19 +56,19 @@ losses = [line["validation_loss"] for line in map(json.loads, (run / "metrics.js
 before, after = read("before/summary.json"), read("after/summary.json")
 record = read("run.json")
 demo = {
-    "exact_before": before["accuracy"],
-    "exact_after": after["accuracy"],
+    "exact_before": before["average"],
+    "exact_after": after["average"],
     "validation_loss_before": losses[0],
     "validation_loss_after": losses[-1],
     **{key: record[key] for key in ("start", "end", "commit", "versions", "hardware")},
     "seed": record["configuration"]["seed"],
-    "held_out_rows": after["rows"],
+    "held_out_rows": after["tasks"]["held_out"]["rows"],
 }
 text = json.dumps(demo, indent=1) + "\n"
 for path in (run / "demo.json", run.with_name(run.name + ".json")):
     path.write_text(text)
 print(f"""
-exact answers on {after['rows']} held-out problems   {demo['exact_before']:.1%} -> {demo['exact_after']:.1%}
+exact answers on {demo['held_out_rows']} held-out problems   {demo['exact_before']:.1%} -> {demo['exact_after']:.1%}
 validation loss                       {losses[0]:.3f} -> {losses[-1]:.3f}
 
   {run}/adapter/           the adapter, as PEFT loads it
@@ -76,6 +76,6 @@ validation loss                       {losses[0]:.3f} -> {losses[-1]:.3f}
   {run}/metrics.jsonl      loss, learning rate, memory, seconds per step
   {run}/importance.jsonl   every importance update
   {run}/run.json           status, configuration, versions
-  {run}/after/test.jsonl   the held-out answers ({run}/before/test.jsonl: those of the base model)
+  {run}/after/held_out.jsonl   the held-out answers ({run}/before/held_out.jsonl: those of the base model)
   {run}/demo.json          the numbers above""")
 PYTHON

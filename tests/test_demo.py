@@ -42,7 +42,12 @@ def test_the_demo_leaves_what_it_says_and_runs_twice(tmp_path):
     updates = read_lines(run / "importance.jsonl")
     assert [update["step"] for update in updates] == [2, 4]
     assert torch.tensor(updates[-1]["scores"]).std() > 0
-    for name in ("adapter/adapter_model.safetensors", "importance.png", "before/test.jsonl", "after/test.jsonl"):
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "importance.png",
+        "before/held_out.jsonl",
+        "after/held_out.jsonl",
+    ):
         assert (run / name).exists()
 
     def stamps():
