@@ -279,7 +279,7 @@ def main(argv: Sequence[str]) -> int:
     if checkpoint:
         keep_global_batch(args, round_size, checkpoint[1]["configuration"]["global_batch_size"])
     batch_size = round_size * args.gradient_accumulation_steps
-    args.probe_batch_size = args.probe_batch_size or (16 if args.score_rule == "released" else batch_size)
+    args.probe_batch_size = ist_config.probe_rows(batch_size)
     configuration = {**vars(args), "global_batch_size": batch_size}
     if require_free(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")

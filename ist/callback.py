@@ -8,12 +8,14 @@ One process or several under DistributedDataParallel; train_ist.py has FSDP2 as 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import AdaLoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,14 +34,16 @@ class ISTCallback(TrainerCallback, ExportableState):
     Before each optimizer step the layers that train are chosen; when an importance update is due, the losses of the
     candidate sets are measured on rows of the training set, collated as for training.
 
-    A resumed Trainer goes on with the scores of its checkpoint. In `args.output_dir` stand importance.jsonl, a line for
-    each update, and importance.png; W&B gets importance/… and probe/… where the Trainer reports to it.
+    A resumed Trainer goes on with the scores of its checkpoint, under the same configuration. In `args.output_dir`
+    stand importance.jsonl, a line for each update, and importance.png; W&B gets importance/… and probe/… where the
+    Trainer reports to it.
 
     Args:
         config: the method's hyper-parameters, or a dictionary of them. `probe_batch_size` defaults to the global batch.
 
     Attributes:
-        tuner: the SparseTuner, from the beginning of training on.
+        tuner: the SparseTuner, from the beginning of training on (of the callback that the Trainer holds: with
+            `restore_callback_states_from_checkpoint` it makes another one from the checkpoint).
 
     Raises:
         ValueError: at the beginning of training, where the Trainer is set up so that layers could not rest.
@@ -67,17 +71,14 @@ class ISTCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.tuner is not None:  # training began before, and may have been broken off
             self.tuner.release()
-        _require_served(args, train_dataloader)
+        _require_served(args, model, train_dataloader)
         drop_input_grad_hooks(model)
         self.tuner = SparseTuner(model, self.config, lambda step: _probe_loss(self.tuner, step, args, train_dataloader))
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not all(id(parameter) in trained for parameter in self.tuner.trained_parameters()):
             raise ValueError("the optimizer lacks adapter parameters: make it while all layers can be trained")
         if state.global_step:
-            saved = state.stateful_callbacks.get(type(self).__name__, {})
-            saved = (saved[0] if isinstance(saved, list) else saved).get("attributes", {}).get("restored")
-            if saved or self.restored:
-                self.tuner.load_state_dict(saved or self.restored)
+            self._resume(state)
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             keep_lines(Path(args.output_dir) / IMPORTANCE, lambda line: line["step"] < state.global_step)
@@ -85,6 +86,24 @@ class ISTCallback(TrainerCallback, ExportableState):
             print(f"IST: {n_layers} layers, {n_trained} trained per step (selection {self.config.selection})")
             if layers.outside:
                 print(f"In no layer, or shared by several, so trained at every step: {', '.join(layers.outside[:5])}")
+
+    def _resume(self, state: TrainerState) -> None:
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {"args": {}, "attributes": {}})
+        saved = saved[0] if isinstance(saved, list) else saved
+        here = json.loads(json.dumps(asdict(self.config)))
+        there = saved["args"].get("config", here)
+        if differing := [key for key in here if there.get(key) != here[key]]:
+            raise ValueError(f"the checkpoint was made with another {', '.join(differing)}: resume with its ISTConfig")
+        if tuner := self.restored or saved["attributes"].get("restored"):
+            self.tuner.load_state_dict(tuner)
+        elif state.is_world_process_zero:
+            print("IST: the checkpoint was made without ISTCallback, so scores start from zero")
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        trained = {id(parameter) for parameter in self.tuner.trained_parameters()}
+        adapter = (parameter for layer in self.tuner.layers.parameters for parameter in layer)
+        if any(parameter.grad is not None for parameter in adapter if id(parameter) not in trained):
+            raise RuntimeError("a resting layer has a gradient: this Trainer makes layers train by itself")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,24 +129,32 @@ class ISTCallback(TrainerCallback, ExportableState):
             plot_importance(output_dir / PICTURE, updates, counts, state.global_step, output_dir.name)
 
 
-def _require_served(args: TrainingArguments, train_dataloader: DataLoader) -> None:
+def _require_served(args: TrainingArguments, model: nn.Module, train_dataloader: DataLoader) -> None:
     kind = AcceleratorState().distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"ISTCallback runs on one process or under DDP, not under {kind.value}: use train_ist.py")
     if args.world_size > 1 and args.ddp_find_unused_parameters is False:
         raise ValueError("ddp_find_unused_parameters must be true (the default with PEFT): layers that rest are unused")
+    if args.n_gpu > 1:
+        raise ValueError("DataParallel (one process, several GPUs) is not served: use accelerate launch, or one GPU")
+    if any(isinstance(config, AdaLoraConfig) for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError("AdaLoRA's budget needs what train_ist.py does around each step: use it")
     if args.torch_compile:
         raise ValueError("torch_compile must be false: a compiled model ignores the hooks that suppress responses")
-    if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    if any(function.keywords.get("use_reentrant", True) for function in functions if isinstance(function, partial)):
         raise ValueError('activation_checkpointing_kwargs must be {"use_reentrant": False}, the default')
     if not hasattr(train_dataloader.dataset, "__getitem__") or not hasattr(train_dataloader.dataset, "__len__"):
         raise ValueError("train_dataset must have a length and rows by number: probes are drawn from it")
+    labels = train_dataloader.collate_fn([train_dataloader.dataset[0]]).get("labels")
+    if labels is None or labels.dim() != 2:
+        raise ValueError("the collator must give labels [B, T], as for language modelling: probes are measured by them")
 
 
 def _probe_batches(step: int, config: ISTConfig, args: TrainingArguments, loader: DataLoader) -> Iterator[dict]:
     """This rank's share of the probe rows of `step`, collated as for training."""
     size, rank, world_size = args.per_device_train_batch_size, args.process_index, args.world_size
-    count = config.probe_batch_size or size * args.gradient_accumulation_steps * world_size
+    count = config.probe_rows(size * args.gradient_accumulation_steps * world_size)
     indices = probe_rows(len(loader.dataset), count, config.seed, step)
     for start in range(rank * size, len(indices), size * world_size):
         yield loader.collate_fn([loader.dataset[i] for i in indices[start : start + size]])
@@ -137,8 +164,6 @@ def _probe_loss(tuner: SparseTuner, step: int, args: TrainingArguments, loader: 
     """[2] float64: (sum of token losses, predicted tokens) over this rank's share."""
     total = torch.zeros(2, dtype=torch.float64, device=args.device)
     for batch in _probe_batches(step, tuner.config, args, loader):
-        if "labels" not in batch:
-            raise ValueError("the data collator gives no labels: there is no loss to measure importance by")
         batch = {key: value.to(args.device) for key, value in batch.items() if isinstance(value, Tensor)}
         total[0] += token_loss_sum(tuner.model, batch)
         predicted = batch["labels"] if tuner.model.config.is_encoder_decoder else batch["labels"][:, 1:]

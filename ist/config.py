@@ -136,6 +136,10 @@ class ISTConfig:
             require(self.probe_batch_size >= 1, "probe_batch_size", "1 or more", self.probe_batch_size)
         require(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2^32 - 1", self.seed)
 
+    def probe_rows(self, batch_size: int) -> int:
+        """Rows behind a candidate's loss, for a global batch of `batch_size`."""
+        return self.probe_batch_size or (16 if self.score_rule == "released" else batch_size)
+
     def counts(self, n_layers: int) -> LayerCounts:
         """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8). The released rule floors fractions."""
         floor = self.score_rule == "released"

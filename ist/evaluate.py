@@ -209,7 +209,7 @@ def progress(items: Sequence, unit: str, state: PartialState) -> Iterator:
     for i, item in enumerate(items):
         yield item
         if state.is_main_process and ((i + 1) * 10 // len(items) > i * 10 // len(items)):
-            print(f"{i + 1}/{len(items)} {unit}s", flush=True)
+            print(f"{unit} {i + 1} of {len(items)}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -381,7 +381,7 @@ def _score(
                 outputs = scorer.generate([prompts[i] for i in batch], tokens)
                 found = [(output, answers.extract(output)) for output in outputs]
             else:
-                found = [_most_likely(scorer, prompts[i], choices(rows[i]["instruction"], answers)) for i in batch]
+                found = [_most_likely(scorer, prompts[i], rows[i]["instruction"], answers) for i in batch]
             for i, (output, extracted) in zip(batch, found, strict=True):
                 line = {"row": i, "prompt": prompts[i], "output": output, "extracted": extracted}
                 line |= {"gold": answers.gold[i], "right": answers.right(extracted, i)}
@@ -389,9 +389,11 @@ def _score(
             file.flush()
 
 
-def _most_likely(scorer: Scorer, prompt: str, listed: list[str]) -> tuple[str, str]:
+def _most_likely(scorer: Scorer, prompt: str, instruction: str, answers: Answers) -> tuple[str, str]:
     """(log-likelihoods as JSON, the best choice); the answer is worded as in the training rows."""
-    values = scorer.log_likelihoods([(prompt, f"the correct answer is {choice}") for choice in listed])
+    listed = choices(instruction, answers)
+    wording = "The answer is ({})." if answers.kind == "letter" else "the correct answer is {}"
+    values = scorer.log_likelihoods([(prompt, wording.format(choice)) for choice in listed])
     scores = dict(zip(listed, values, strict=True))
     return json.dumps(scores), max(scores, key=scores.get)
 

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from ist.config import UsageError
 
 # The paper's targets (Table 9), and what carries those roles under other names (fused, or of older architectures).
-_QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
+ATTENTION = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # through low ranks, as DeepSeek has it
+)
 _UP = ("up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
 _GATE = ("gate_proj",)
 _DOWN = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h")
-DEFAULT_TARGETS = {"lora": (*_QKV, *_UP, *_DOWN), "series": (*_UP, *_DOWN), "parallel": (*_UP, *_GATE)}
+DEFAULT_TARGETS = {"lora": (*ATTENTION, *_UP, *_DOWN), "series": (*_UP, *_DOWN), "parallel": (*_UP, *_GATE)}
 # Of a Mamba block. Its GPU kernels take the weights of the other projections past their modules, and so past adapters.
 _STATE_SPACE = ("in_proj",)
 
@@ -29,9 +32,16 @@ def default_target_modules(model: nn.Module, method: str = "lora") -> list[str]:
     return targets
 
 
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The decoder as transformers tells it, down to the innermost: that of the language model in a larger one."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+    return decoder if inner is decoder else text_decoder(inner)
+
+
 def outside_decoder(model: nn.Module) -> list[str]:
     """Paths of the outermost lists of modules that are not part of the decoder: encoders, vision and audio towers."""
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     return [path for path in outermost if not _within(decoder, model, path)]
@@ -59,17 +69,17 @@ def _chosen_lists(model: nn.Module, lists: set[str], stack: str) -> list[str]:
     The text decoder of a vision-language model is its decoder; lists in its towers are never chosen from.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    decoder = text_decoder(base)
     encoder = base.get_encoder() if hasattr(base, "get_encoder") else base
     in_decoder = [path for path in sorted(lists) if _within(decoder, model, path)]
     in_encoder = [path for path in sorted(lists) if encoder is not base and _within(encoder, model, path)]
-    if stack == "decoder" and len(lists) == 1:
-        return list(lists)  # adapters are nowhere else
+    if stack != "decoder" and encoder is base:
+        raise UsageError(f"--layer_stack {stack}: the model has no encoder.")
     chosen = {"decoder": [in_decoder], "encoder": [in_encoder], "both": [in_encoder, in_decoder]}[stack]
     if any(len(paths) != 1 for paths in chosen):
         raise UsageError(
-            f"--layer_stack {stack} asks for one list of layers in each stack; adapters sit in "
-            f"{', '.join(sorted(lists))}. Choose the stack, or --target_modules in one list."
+            f"--layer_stack {stack} asks for one list of layers with adapters in each stack; they sit in "
+            f"{', '.join(sorted(lists))}. Choose another stack, or --target_modules in one list."
         )
     return [paths[0] for paths in chosen]
 
@@ -134,6 +144,8 @@ class LayerMap:
                 self.outside.append(first_name[parameter])
                 if len(layers) > 1:
                     self.shared.append(first_name[parameter])
+        if not all(self.parameters) and not self.shared:
+            raise UsageError("some layers' adapters are frozen: let all train before layers are chosen.")
         if not all(self.parameters):
             raise UsageError(
                 "the adapter's trainable parameters are shared between layers and some layer has none of its own, so "

@@ -31,7 +31,14 @@ from transformers import (
 from ist.adapters import ParallelConfig, SeriesConfig
 from ist.config import UsageError, brief
 from ist.data import Data
-from ist.layers import LayerMap, default_target_modules, drop_input_grad_hooks, outside_decoder
+from ist.layers import (
+    ATTENTION,
+    LayerMap,
+    default_target_modules,
+    drop_input_grad_hooks,
+    outside_decoder,
+    text_decoder,
+)
 
 NO_LAYER_RESPONSE = {
     PeftType.ADAPTION_PROMPT: "it adds prompts inside attention",
@@ -169,12 +176,15 @@ def resolve_targets(args: Namespace, model: nn.Module) -> None:
     """
     if args.peft_config:
         return
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     args.target_modules = args.target_modules or default_target_modules(decoder, args.peft_method)
     if not args.target_modules:
         raise UsageError("--target_modules has no default for this architecture: name the modules to adapt.")
-    # Text alone trains here: adapters in a vision tower would have nothing to learn from.
-    args.exclude_modules = "|".join(rf"{re.escape(path)}\..*" for path in outside_decoder(model)) or None
+    # Text alone trains here: adapters in a vision tower, or between it and the decoder, would learn nothing.
+    args.exclude_modules = None
+    if outside_decoder(model):
+        (path,) = (path for path, module in model.named_modules() if module is decoder)
+        args.exclude_modules = rf"(?!{re.escape(path)}\.|lm_head).*"
     names = [f".{name}" for name, _ in model.named_modules()]
     for target in args.target_modules:
         if target != "all-linear" and not any(name.endswith(f".{target}") for name in names):
@@ -230,6 +240,7 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
     if args.dtype != "auto":
         model = model.to(getattr(torch, args.dtype))
     vocabulary = model.get_input_embeddings().num_embeddings
+    defaults = not args.target_modules and args.peft_method == "lora"
     resolve_targets(args, model)
     peft_config = make_peft_config(args)
     require_served(peft_config, args, sharded)
@@ -241,6 +252,10 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
         with _adapter_errors(args):
             model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     except UsageError as error:
+        if defaults and "fused into" in str(error.__cause__):  # experts, whose matrices LoRA takes by parameter only
+            args.target_modules = [target for target in args.target_modules if target in ATTENTION]
+            if args.target_modules:
+                return plan_layers(args, sharded)
         if "meta" not in str(error.__cause__):
             raise
         # A method that starts from the base weights (SHiRA, FRoD): LoRA on the same modules stands in for it here.
@@ -281,7 +296,7 @@ def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> No
         raise UsageError(
             f"the tokenizer gives token {token}, the model's embedding has {vocabulary}: they do not belong."
         )
-    longest, positions = max(map(len, rows)), getattr(config, "max_position_embeddings", None)
+    longest, positions = max(map(len, rows)), getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:
         raise UsageError(
             f"--max_length leaves rows of {longest} tokens, the model has {positions} positions. Lower it."

@@ -78,6 +78,8 @@ def _gate(module: BaseTunerLayer, gate: float | Tensor) -> list[RemovableHandle]
 
 def _has_dropout(module: nn.Module) -> bool:
     """Whether `module` is a dropout, or applies one by its own `training` flag (attention does, without a module)."""
+    if hasattr(module, "neftune_noise_alpha"):  # noise on the embeddings, by a hook that goes by their training flag
+        return True
     if isinstance(module, _DropoutNd) or any(isinstance(child, _DropoutNd) for child in module.children()):
         return True
     return any("dropout" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())

@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from conftest import make_tiny, read_lines, reset_accelerate
+from safetensors.torch import load_file
 
 from ist.checkpoint import write_json
 from ist.data import arithmetic_rows
@@ -61,6 +62,12 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "Mamba2Config",
         {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": N_LAYERS, "state_size": 4, "num_heads": 8,
          "head_dim": 8, "n_groups": 1},
+    ),
+    "DeepSeek-V3": (
+        "DeepseekV3Config",
+        {**_LLAMA, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8,
+         "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     ),
     "Gemma 3 with vision": (
         "Gemma3Config",
@@ -110,8 +117,11 @@ def try_family(name: str, work: Path) -> dict[str, str]:
     run = json.loads((work / "run/run.json").read_text())
     losses = [line["loss"] for line in read_lines(work / "run/metrics.jsonl")]
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    saved = load_file(work / "run/adapter/adapter_model.safetensors")
+    path = run["layers"][0].rpartition(".")[0]
+    assert all(name.startswith(f"{path}.") for name in saved), "an adapter outside the decoder's layers"
     scores = read_lines(work / "run/importance.jsonl")[-1]["scores"]
-    path = run["layers"][0].removeprefix("base_model.model.").rpartition(".")[0]
+    path = path.removeprefix("base_model.model.")
     return {
         "layers found": f"{run['layer_counts']['n_layers']} in {path}" if len(run["layers"]) == N_LAYERS else "no",
         "adapted": ", ".join(run["configuration"]["target_modules"]),

@@ -67,8 +67,13 @@ def test_the_user_chooses_the_stack_of_an_encoder_decoder():
         # q, k, v of self-attention and fc1, fc2; the decoder's cross-attention has q, k, v as well
         assert {len(modules) for modules in layers.modules} == {"decoder": {8}, "encoder": {5}, "both": {5, 8}}[stack]
     causal = get_peft_model(llava().model.language_model, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(UsageError, match="--layer_stack encoder asks for one list of layers in each stack"):
+    with pytest.raises(UsageError, match="--layer_stack encoder: the model has no encoder"):
         LayerMap(causal, "encoder")
+    in_encoder = LoraConfig(r=2, target_modules=r".*\.encoder\..*q_proj")
+    in_encoder = get_peft_model(BartForConditionalGeneration(config), in_encoder)
+    with pytest.raises(UsageError, match="--layer_stack decoder asks for one list"):
+        LayerMap(in_encoder)
+    assert LayerMap(in_encoder, "encoder").n_layers == 2
 
 
 RECIPES = {  # {N_L, N_u, N_v} of the paper's Table 8, and for the arm of Table 4 its N_u

@@ -103,6 +103,27 @@ def test_adalora_with_all_layers_is_pefts_own_loop(tiny, train, train_file, tmp_
     )
 
 
+def test_a_layer_that_trained_rarely_is_not_judged_by_that():
+    """Two layers of equal sensitivity, one trained in a fourth of the steps."""
+    torch.manual_seed(0)
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=90, task_type="CAUSAL_LM", **ADALORA)
+    model = get_peft_model(LlamaForCausalLM(tiny_config(2)), config)
+    allocator = AdaLoraAllocation(model).allocator
+    inner, scores = model.base_model.model, {}
+    for step in range(4):
+        for name, parameter in inner.named_parameters():
+            if "lora_" in name:
+                rests = ".layers.1." in name and step
+                parameter.data.fill_(1)
+                parameter.grad = None if rests else torch.ones_like(parameter)
+        allocator.update_ipt(inner)
+    for i in (0, 1):
+        name = f"model.layers.{i}.self_attn.q_proj.lora_E.default"
+        assert allocator.updates[name] == (4, 1)[i]
+        scores[i] = (allocator._element_score(name).mean() / allocator.exp_avg_unc[name].mean()).item()
+    assert scores[0] == pytest.approx(scores[1]) == pytest.approx(1)  # the sensitivity |w g|, at its true value
+
+
 def test_adalora_keeps_the_statistics_of_layers_that_rest():
     torch.manual_seed(0)
     config = AdaLoraConfig(target_modules=["q_proj"], total_step=20, task_type="CAUSAL_LM", **ADALORA)

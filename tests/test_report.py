@@ -1,15 +1,18 @@
 """What trackers and the picture get: read back from their own files, not from our calls."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, read_lines
 from matplotlib.image import imread
 
 from ist.config import UsageError
-from ist.report import draw_importance, main
+from ist.report import compare, draw_importance, main, read_results
 
 
 def test_offline_wandb_holds_every_number(arguments, tmp_path, monkeypatch):
@@ -85,3 +88,108 @@ def test_the_picture_is_drawn_again_from_the_files(train, tmp_path, capsys):
     assert (imread(picture) == first).all()
     with pytest.raises(UsageError, match="holds no run"):
         draw_importance(tmp_path)
+
+
+def write_results(folder: Path, arm: str, seed: int, right: dict[str, list[int]], model: str = "m/llama") -> Path:
+    folder.mkdir()
+    settings = {"peft_method": "lora", "selection": arm, "trained_layers": 0.25, "seed": seed}
+    summary = {"tasks": {task: {} for task in right}, "training": {"configuration": settings}}
+    summary["arguments"] = {"model_name_or_path": model, "adapter": "x"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for task, values in right.items():
+        lines = [json.dumps({"row": i, "right": bool(value)}) for i, value in enumerate(values)]
+        (folder / f"{task}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_results_are_compared_over_seeds_and_in_pairs(tmp_path, capsys):
+    generator = np.random.default_rng(1)
+    right = {}
+    for arm, share in (("all", 0.5), ("random", 0.5), ("ist", 0.65)):
+        for seed in (1, 2, 3):
+            tasks = {"boolq": (generator.random(400) < share).astype(int).tolist(),
+                     "piqa": (generator.random(200) < share).astype(int).tolist()}  # fmt: skip
+            right[arm, seed] = tasks
+            write_results(tmp_path / f"{arm}-{seed}", arm, seed, tasks)
+    folders = [str(tmp_path / f"{arm}-{seed}") for arm, seed in right]
+    assert main(["--results", *folders, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "out/comparison.md").read_text().strip()
+    comparison = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert [row["arm"] for row in comparison["accuracy"]] == ["LORA", "LORA + random", "LORA + ist"]
+    values = [np.mean(right["ist", seed]["boolq"]) for seed in (1, 2, 3)]
+    cell = comparison["accuracy"][2]["accuracy"]["boolq"]
+    assert cell == {"mean": pytest.approx(np.mean(values)), "std": pytest.approx(np.std(values, ddof=1))}
+    assert comparison["accuracy"][2]["files"] == [str(tmp_path / f"ist-{seed}/summary.json") for seed in (1, 2, 3)]
+    assert [row["arms"] for row in comparison["differences"]] == ["LORA + ist − LORA", "LORA + ist − LORA + random"]
+    for row, other in zip(comparison["differences"], ("all", "random"), strict=True):
+        per_seed = [
+            np.mean([np.mean(right["ist", s][t]) - np.mean(right[other, s][t]) for t in ("boolq", "piqa")])
+            for s in (1, 2, 3)
+        ]
+        assert row["difference"]["average"] == pytest.approx(np.mean(per_seed))
+        low, high = row["interval"]
+        assert 0 < low < row["difference"]["average"] < high  # 15 points, and about 1.9 of standard error
+        # The interval is about 1.96 standard errors each way; independent rows, so that of a difference of shares.
+        error = np.sqrt(sum(2 * 0.24 / n for n in (400, 200)) / 4 / 3)
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.6)
+    for line in printed.splitlines():
+        assert not line.startswith("| llama") or "summary.json" in line  # every row names where it comes from
+
+
+def test_no_difference_is_no_difference(tmp_path):
+    same = {"boolq": [0, 1] * 50}
+    folders = [write_results(tmp_path / arm, arm, 1, same) for arm in ("all", "ist")]
+    (row,) = compare(folders)["differences"]
+    assert row["difference"] == {"boolq": 0, "average": 0}
+    assert row["interval"] == [0, 0]
+
+
+def test_results_that_cannot_be_compared(tmp_path, capsys):
+    one = write_results(tmp_path / "one", "all", 1, {"boolq": [1, 0]})
+    two = write_results(tmp_path / "two", "ist", 1, {"boolq": [1, 0, 1]})
+    other = write_results(tmp_path / "other", "ist", 1, {"piqa": [1]})
+    with pytest.raises(UsageError, match="different numbers of rows of boolq"):
+        compare([one, two])
+    with pytest.raises(UsageError, match="no task in common"):
+        compare([one, other])
+    with pytest.raises(UsageError, match="holds no finished evaluation"):
+        compare([tmp_path / "nowhere"])
+    for argv in ([], [str(one), "--results", str(two)]):
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        assert exit_.value.code == 2
+    assert "give RUN_DIR or --results" in capsys.readouterr().err
+
+
+def test_reproduce_trains_scores_and_goes_on(tiny, rows, tmp_path):
+    for task in ("boolq", "piqa"):
+        (tmp_path / "data/dataset" / task).mkdir(parents=True)
+        labels = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}[task]
+        test = [{"instruction": f"Is it {i}?", "output": "", "answer": labels[i % 2]} for i in range(5)]
+        (tmp_path / "data/dataset" / task / "test.json").write_text(json.dumps(test))
+    (tmp_path / "data/commonsense_170k.json").write_text(json.dumps(rows))
+    (tmp_path / "home").mkdir()
+    for name in ("train_ist.py", "ist", "launch", "accelerate_configs", "tests"):
+        (tmp_path / "home" / name).symlink_to(ROOT / name)
+    script = tmp_path / "home/launch/reproduce.sh"
+    environment = {**os.environ, "DATA": str(tmp_path / "data"), "TASKS": "boolq piqa", "ACCELERATE_USE_CPU": "true"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run(*arguments):
+        command = ["bash", str(script), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert run("--help").stdout.startswith("One row of the paper's Table 2 or 3")
+    assert "no recipe llama_8b" in run("llama_8b", "ist").stderr
+    assert "ARM must be all, random or ist; got lora" in run("llama_7b_lora_commonsense", "lora").stderr
+    flags = ["--model_name_or_path", tiny, "--dtype", "float32", "--max_steps", 4, "--validation_size", 4]
+    flags += ["--per_device_train_batch_size", 2, "--eval_steps", 2, "--save_steps", 2, "--report_to", "none"]
+    for _ in range(2):  # the second time there is nothing left to do
+        result = run("llama_7b_lora_commonsense", "ist", 7, *flags)
+        assert result.returncode == 0, result.stderr[-2000:]
+    folder = tmp_path / "home/results/llama_7b_lora_commonsense-ist-7"
+    assert read_results(folder)["arm"] == "LORA + ist"
+    assert read_results(folder)["seed"] == 7
+    assert "holds this run, finished" in result.stdout
+    assert set(json.loads((folder / "summary.json").read_text())["tasks"]) == {"boolq", "piqa"}

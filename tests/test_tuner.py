@@ -75,7 +75,7 @@ def test_models_without_one_list_of_layers_are_refused():
     with pytest.raises(UsageError, match="no layer list"):
         LayerMap(tiny_peft(targets=["lm_head"]))
     two = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(4, 4)]), "b": nn.ModuleList([nn.Linear(4, 4)])})
-    with pytest.raises(UsageError, match="asks for one list of layers in each stack"):
+    with pytest.raises(UsageError, match="asks for one list of layers with adapters in each stack"):
         LayerMap(get_peft_model(two, LoraConfig(r=2, target_modules=["a.0", "b.0"])))
 
 

@@ -26,9 +26,10 @@ class _Whole:
 class RestingRankAllocator(RankAllocator):
     """PEFT's allocator; the statistics of a layer that rests stay as they were.
 
-    They are running means from zero, so a layer is judged by its own number of updates, or those that trained rarely
-    would lose their rank for that alone. With all layers training, the order is PEFT's. A layer that has not trained at
-    all by the final allocation keeps no rank.
+    The sensitivity is a running mean from zero, so it is corrected for each layer's own number of updates, or layers
+    that trained rarely would lose their rank for that alone. (The uncertainty, its other factor, settles within some 20
+    updates: a `tinit` in which each layer trains as often makes all comparable.) With all layers training, the order is
+    PEFT's. A layer that has not trained at all by the final allocation keeps no rank.
     """
 
     def reset_ipt(self) -> None:
@@ -37,7 +38,7 @@ class RestingRankAllocator(RankAllocator):
 
     def _element_score(self, n: str) -> Tensor:
         k = self.updates.get(n, 0)
-        return super()._element_score(n) / ((1 - self.beta1**k) * (1 - self.beta2**k)) if k else self.exp_avg_ipt[n]
+        return super()._element_score(n) / (1 - self.beta1**k) if k else self.exp_avg_ipt[n]
 
     def _adapter(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {n: p for n, p in model.named_parameters() if "lora_" in n and self.adapter_name in n}
