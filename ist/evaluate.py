@@ -432,7 +432,7 @@ def main(argv: Sequence[str]) -> int:
     texts = {}
     for file in args.perplexity_file:
         try:
-            texts[Path(file).stem] = Path(file).read_text()
+            texts[Path(file).stem] = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--perplexity_file {file} cannot be read: {brief(error)}.") from error
         if not texts[Path(file).stem].strip():

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ist.checkpoint import checkpoint_steps, write_json
 from ist.config import UsageError, brief, run_command
@@ -322,6 +323,8 @@ def plot_importance(path: Path, updates: list[dict], counts: list[int], steps: i
     right.axhline(sum(counts) / n_layers, color="0.3", ls="--", lw=1, label="mean over layers")
     right.set(xlabel="layer", ylabel="steps", title=f"Steps in which each layer was trained (of {steps})")
     right.legend(loc="upper left", fontsize="small")
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
