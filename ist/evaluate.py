@@ -227,8 +227,8 @@ class EvaluateArguments:
     )
     perplexity_file: list[str] = field(default_factory=list, metadata={"help": "Plain text to take the perplexity of."})
     max_length: int = field(default=1024, metadata={"help": "Tokens of a window of plain text."})
-    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = field(
-        default="alpaca", metadata={"help": "As in training."}
+    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] | None = field(
+        default=None, metadata={"help": "Default: that of the run that made the adapter (its run.json), else alpaca."}
     )
     scoring: Literal["generation", "likelihood"] = field(
         default="generation", metadata={"help": "likelihood: which of the listed choices is the most likely answer."}
@@ -427,6 +427,9 @@ def main(argv: Sequence[str]) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    training = _training_run(args.adapter)
+    if args.prompt_template is None:
+        args.prompt_template = training["configuration"]["prompt_template"] if training else "alpaca"
     require_base(args)
     tasks = load_tasks(args)
     texts = {}
@@ -466,7 +469,7 @@ def main(argv: Sequence[str]) -> int:
         "average": sum(accuracies) / len(accuracies) if accuracies else None,  # unweighted, as in the paper
         "perplexity": perplexity,
         "arguments": asdict(args) | {"adapter_digest": settings["adapter_digest"]},
-        "training": _training_run(args.adapter),
+        "training": training,
     }
     if state.is_main_process:
         write_json(output_dir / "summary.json", summary)

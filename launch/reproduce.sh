@@ -40,4 +40,4 @@ $python -m accelerate.commands.launch --config_file "$config" train_ist.py --con
   --resume_from_checkpoint auto "$@"
 model=$($python -c "import json; print(json.load(open('runs/$name/run.json'))['configuration']['model_name_or_path'])")
 $python -m accelerate.commands.launch --config_file "$config" -m ist.evaluate --model_name_or_path "$model" \
-  --adapter "runs/$name/adapter" --prompt_template llm_adapters --test_file "${files[@]}" --output_dir "results/$name"
+  --adapter "runs/$name/adapter" --test_file "${files[@]}" --output_dir "results/$name"

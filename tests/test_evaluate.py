@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,20 @@ def test_batches_and_ranks_change_nothing_and_the_adapter_does(folder, tmp_path)
         assert summary["tasks"][name]["interval"] == pytest.approx(wilson(right, 13))
     assert summary["average"] == pytest.approx(sum(task["accuracy"] for task in summary["tasks"].values()) / 2)
     assert summary["training"]["configuration"]["learning_rate"] == 0.03
+
+
+def test_the_prompt_is_that_of_the_training_run(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run/adapter", run / "adapter")
+    record = json.loads((folder / "run/run.json").read_text())
+    record["configuration"]["prompt_template"] = "llm_adapters"
+    (run / "run.json").write_text(json.dumps(record))
+    flags = [*flags_of(folder, tmp_path / "out", adapter=False), "--adapter", str(run / "adapter"), "--max_rows", "2"]
+    assert main(flags) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+    rows = json.loads((folder / "sums.json").read_text())[:2]
+    lines = read_lines(tmp_path / "out/sums.jsonl")
+    assert [line["prompt"] for line in lines] == [make_prompt(row, "llm_adapters", tokenizer) for row in rows]
 
 
 def test_a_killed_evaluation_goes_on(folder, tmp_path, capsys):
