@@ -8,7 +8,6 @@ import io
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -16,13 +15,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 import transformers
-from accelerate import Accelerator
 from conftest import make_tiny, read_lines, reset_accelerate
+from methods import publish
 from safetensors.torch import load_file
 
-from ist.checkpoint import write_json
 from ist.data import arithmetic_rows
-from ist.report import environment
 
 N_LAYERS = 4
 _SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": N_LAYERS}
@@ -142,18 +139,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             answers[name] = try_family(name, Path(folder))
             print(name, answers[name], flush=True)
-    reset_accelerate()
-    facts = environment(Accelerator(cpu=True))
-    result = {
-        **{"command": "python tests/families.py", "date": time.strftime("%Y-%m-%d"), "seed": 42},
-        **{key: facts[key] for key in ("versions", "commit", "hardware")},
-        **{"configurations": FAMILIES, "answers": answers},
-    }
-    write_json(ROOT / "launch/results/families.json", result)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, after = text.split("<!-- families -->\n")[0], text.split("<!-- /families -->\n")[1]
-    readme.write_text(f"{before}<!-- families -->\n{as_table(answers)}\n<!-- /families -->\n{after}")
+    publish("families", as_table(answers), configurations=FAMILIES, answers=answers)
 
 
 if __name__ == "__main__":

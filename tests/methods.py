@@ -490,6 +490,19 @@ def as_table(answers: dict[str, dict[str, str]]) -> str:
     return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())])
 
 
+def publish(name: str, table: str, **result) -> None:
+    """Write launch/results/NAME.json, with date, commit, hardware and seed, and put the table into the README."""
+    reset_accelerate()
+    facts = environment(Accelerator(cpu=True))
+    head = {"command": f"python tests/{name}.py", "date": time.strftime("%Y-%m-%d"), "seed": 42}
+    head |= {key: facts[key] for key in ("versions", "commit", "hardware")}
+    write_json(ROOT / f"launch/results/{name}.json", head | result)
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(f"<!-- {name} -->\n")
+    after = rest.split(f"<!-- /{name} -->\n")[1]
+    readme.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->\n{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
@@ -504,21 +517,7 @@ def main() -> None:
     print(as_table(answers))
     if options.methods != list(METHODS):
         return
-    reset_accelerate()
-    facts = environment(Accelerator(cpu=True))
-    result = {
-        "command": "python tests/methods.py",
-        "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.time() - start),
-        **{key: facts[key] for key in ("versions", "commit", "hardware")},
-        "configurations": METHODS,
-        "answers": answers,
-    }
-    write_json(ROOT / "launch/results/methods.json", result)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest_of_text = text.split("<!-- methods -->\n")[0], text.split("<!-- /methods -->\n")[1]
-    readme.write_text(f"{before}<!-- methods -->\n{as_table(answers)}\n<!-- /methods -->\n{rest_of_text}")
+    publish("methods", as_table(answers), seconds=round(time.time() - start), configurations=METHODS, answers=answers)
 
 
 if __name__ == "__main__":
