@@ -1,4 +1,4 @@
-"""Importance-aware Sparse Tuning in transformers.Trainer and what derives from it, TRL's trainers among them.
+"""Importance-aware Sparse Tuning in transformers.Trainer and what trains language models like it: TRL's SFTTrainer.
 
     trainer = Trainer(model=peft_model, args=args, train_dataset=rows, callbacks=[ISTCallback(ISTConfig())])
 

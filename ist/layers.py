@@ -87,13 +87,12 @@ def _chosen_lists(model: nn.Module, lists: set[str], stack: str) -> list[str]:
 class LayerMap:
     """The decoder layers of a PEFT model that carry adapters, in order.
 
-    Args:
-        stack: "decoder", "encoder" or "both", where the model has adapters in more than one list of layers. What is in
-            another list is outside.
-
     Build it after `accelerator.prepare` (on the unwrapped model): sharding replaces parameters.
 
     A parameter that several layers share (VB-LoRA's vector bank) belongs to none of them, as one outside the layers.
+
+    Args:
+        stack: "decoder", "encoder" or "both": which lists of layers are chosen from. What is in another one is outside.
 
     Attributes:
         names: [N_L] module path of each layer, e.g. "base_model.model.model.layers.0".

@@ -286,6 +286,8 @@ def _adapter_errors(args: Namespace) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, UsageError) and str(error).startswith("--"):
+            raise  # it names its key
         raise UsageError(f"{key}: {brief(error)}") from error
 
 

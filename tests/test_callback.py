@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import wandb
 from callback_run import IST, arguments, in_order, lora, pad
 from conftest import ROOT, read_lines, reset_accelerate
 from datasets import IterableDataset
@@ -176,6 +177,24 @@ def test_gradient_checkpointing_changes_nothing(reference, tiny, tmp_path):
     assert [loss for loss, _ in trainer.seen] == pytest.approx([line["loss"] for line in metrics], abs=1e-5)
     hooks = [hook for module in trainer.model.modules() for hook in module._forward_hooks.values()]
     assert not any("make_inputs_require_grad" in getattr(hook, "__name__", "") for hook in hooks)
+
+
+def test_wandb_gets_scores_and_probes(reference, tiny, tmp_path, monkeypatch):
+    rows, _, updates = reference
+    for key, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(key, value)
+    logged, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, values, **kwargs: logged.append(values) or log(run, values))
+    trainer = make(Trainer, tmp_path / "hf", tiny, rows, report_to=["wandb"])
+    trainer.train()
+    wandb.finish()
+    ours = [values for values in logged if "probe/loss_0" in values]
+    assert [values["train/global_step"] for values in ours] == [update["step"] for update in updates]
+    for values, update in zip(ours, updates, strict=True):
+        assert [values[f"importance/score/layer_{i:02d}"] for i in range(4)] == pytest.approx(
+            update["scores"], abs=0.05
+        )
+        assert [values[f"probe/loss_{j}"] for j in range(3)] == pytest.approx(update["losses"], abs=1e-5)
 
 
 @pytest.mark.parametrize(("rule", "count"), [("paper", 4), ("released", 16)])

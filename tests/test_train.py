@@ -523,6 +523,7 @@ BAD_INPUT = {
     "validation key": ({"eval_steps": 5}, "--eval_steps needs --validation_file"),
     "validation size": ({"validation_size": 60}, "--validation_size must be less than the 60 rows"),
     "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be none, auto or"),
+    "no encoder": ({"layer_stack": "encoder"}, "^--layer_stack encoder: the model has no encoder"),
     "bottleneck": ({"bottleneck_size": 0}, "--bottleneck_size must be 1 or more; got 0"),
     "peft_config and a key": (
         {"peft_config": "lora.json"},
