@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -61,6 +61,7 @@ from ist.report import (
     require_writable,
 )
 from ist.sampler import seeded_generator
+from ist.selection import make_rule
 from ist.suppression import measuring
 from ist.tuner import SparseTuner, token_loss_sum
 
@@ -113,8 +114,10 @@ class DataArguments:
 class AdapterArguments:
     _argument_group_name = "adapter"
 
-    peft_method: Literal["lora", "series", "parallel"] = option(
-        "lora", "LoRA, or a bottleneck adapter after (series) or beside (parallel) each target."
+    peft_method: Literal["lora", "series", "parallel", "none"] = option(
+        "lora",
+        "LoRA, or a bottleneck adapter after (series) or beside (parallel) each target; none trains the model's own "
+        "weights.",
     )
     lora_r: int = option(32, "Rank.")
     lora_alpha: int = option(64, "Scaling is lora_alpha / lora_r.")
@@ -271,7 +274,7 @@ def main(argv: Sequence[str]) -> int:
     # Layers, from the model's configuration; then the run folder: this run's own, or free.
     sharded = accelerator.distributed_type == DistributedType.FSDP
     layers, model_config, vocabulary = plan_layers(args, sharded)
-    counts = ist_config.counts(layers.n_layers)
+    counts = make_rule(layers.n_layers, ist_config).counts
     resolve_output_dir(args, recipe)
     output_dir = Path(args.output_dir)
     checkpoint = ckpt.find_checkpoint(output_dir, args.resume_from_checkpoint)
@@ -337,7 +340,7 @@ def train(
     ist_config: ISTConfig,
     accelerator: Accelerator,
     data: Data,
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | None,
     max_steps: int,
     checkpoint: tuple[Path, dict] | None,
     record: RunRecord,
@@ -348,7 +351,7 @@ def train(
     batch_size, seed = record.summary["configuration"]["global_batch_size"], args.seed
     checkpoints = output_dir / "checkpoints"
 
-    # Model -> adapter -> optimizer over all adapter parameters -> prepare -> tuner, which freezes. In this order: a
+    # Model -> adapter -> optimizer over all that ever trains -> prepare -> tuner, which freezes. In this order: a
     # layer that is frozen when the optimizer is made would never move, and sharding replaces the parameters.
     model = load_model(args, peft_config, device)
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
@@ -379,12 +382,19 @@ def train(
             total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
         return total
 
+    def calibration() -> Iterator[dict[str, Tensor]]:
+        indices = probe_rows(len(rows), ist_config.semantic_rows, seed, "calibration")
+        return map(on_device, micro_batches(rows, indices, micro_size, rank, world_size, data.pad_token_id))
+
     tuner = SparseTuner(
-        peft_model, ist_config, lambda step: loss_over(rows, probe_rows(len(rows), args.probe_batch_size, seed, step))
+        peft_model,
+        ist_config,
+        lambda step: loss_over(rows, probe_rows(len(rows), args.probe_batch_size, seed, step)),
+        calibration,
     )
 
     def whole_adapter() -> dict[str, Tensor]:
-        """All that makes up the adapter: what trains and what does not, by name."""
+        """All that makes up the adapter, what trains and what does not, by name; without one, what trains."""
         trains = {id(parameter) for parameter in parameters.values()}
         named = {name: p for name, p in peft_model.named_parameters(remove_duplicate=False) if id(p) in trains}
         return adapter_state(peft_model) | named
@@ -413,17 +423,31 @@ def train(
     accelerator.wait_for_everyone()
     record.start_trackers(args.run_name)
 
-    n_layers, n_trained, _ = tuner.sampler.counts
+    if sharded:
+        # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
+        with measuring(peft_model):
+            loss_over(rows, [0])
+    semantic = tuner.prepare()
+    if semantic:
+        record.semantic(semantic, tuner.rule.counts)
+
+    n_layers, n_trained, _ = tuner.rule.counts
     accelerator.print(
         f"{args.model_name_or_path}: {n_layers} layers, {n_trained} trained per step (selection {args.selection}), "
-        f"{sum(p.numel() for p in parameters.values()):,} adapter parameters, on {device.type}, "
-        f"{args.attn_implementation} attention\n"
+        f"{sum(p.numel() for p in parameters.values()):,} {'adapter' if peft_config else 'trainable'} parameters, "
+        f"on {device.type}, {args.attn_implementation} attention\n"
         f"{len(rows)} training rows ({data.dropped} dropped: nothing of their answer within --max_length), "
         f"{len(data.validation or ())} validation rows; steps {finished} to {max_steps} of {batch_size} rows\n"
         f"run folder: {output_dir}"
     )
     if device.type == "cpu" and torch.get_num_threads() * world_size < (os.cpu_count() or 1):
         accelerator.print(f"using {torch.get_num_threads()} of {os.cpu_count()} CPU cores; OMP_NUM_THREADS sets it")
+    if semantic:
+        accelerator.print(
+            f"Layers 0 to {semantic['boundary']} are frozen for good: the boundary's gain is "
+            f"{semantic['gains'][semantic['boundary']]:.3f}, the gains are {min(semantic['gains']):.3f} to "
+            f"{max(semantic['gains']):.3f}"
+        )
     if tuner.layers.outside:
         names = ", ".join(tuner.layers.outside[:5]) + (", …" if len(tuner.layers.outside) > 5 else "")
         accelerator.print(f"In no layer, or shared by several, so trained at every step: {names}")
@@ -433,11 +457,6 @@ def train(
     quiet = not (accelerator.is_main_process and sys.stderr.isatty())
     progress = tqdm(total=max_steps, initial=finished, unit="step", disable=quiet)
     say = accelerator.print if quiet else progress.write
-
-    if sharded:
-        # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
-        with measuring(peft_model):
-            loss_over(rows, [0])
 
     def last_good_checkpoint() -> str:
         steps = ckpt.checkpoint_steps(output_dir)
@@ -583,11 +602,14 @@ def train(
             allocation.load(tensors, ckpt.read_state(checkpoints / ckpt.step_name(best["step"]))["allocation"])
     if allocation:
         allocation.keep_what_trained()
-    ckpt.save_adapter(peft_model, whole_adapter(), args, record.summary, accelerator.is_main_process)
+    if peft_config:
+        result = ckpt.save_adapter(peft_model, whole_adapter(), args, record.summary, accelerator.is_main_process)
+    else:
+        result = ckpt.save_model(peft_model, args, record.summary, accelerator.is_main_process)
     losses = [line["loss"] for line in read_lines(output_dir / METRICS) if "loss" in line]
     final = {"final_train_loss": losses[-1] if losses else None, "final_validation_loss": validation_loss}
     record.close("finished", **facts, **final)
-    say(f"finished {max_steps} steps; the adapter is in {output_dir / 'adapter'}")
+    say(f"finished {max_steps} steps; the result is in {result}")
     return 0
 
 

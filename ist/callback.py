@@ -6,7 +6,7 @@ One process or several under DistributedDataParallel; train_ist.py has FSDP2 as 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,12 +31,13 @@ from ist.tuner import SparseTuner, token_loss_sum
 class ISTCallback(TrainerCallback, ExportableState):
     """The paper's Algorithm 1 beside a Trainer.
 
-    Before each optimizer step the layers that train are chosen; when an importance update is due, the losses of the
-    candidate sets are measured on rows of the training set, collated as for training.
+    Before each optimizer step the layers that train are chosen, by IST or another rule (`selection`). When an
+    importance update is due, the losses of the candidate sets are measured on rows of the training set, collated as for
+    training.
 
     A resumed Trainer goes on with the scores of its checkpoint, under the same configuration. In `args.output_dir`
-    stand importance.jsonl, a line for each update, and importance.png; W&B gets importance/… and probe/… where the
-    Trainer reports to it.
+    stand importance.jsonl, a line for each update, importance.png, and semantic.json of a semantic rule; W&B gets
+    importance/… and probe/… where the Trainer reports to it.
 
     Args:
         config: the method's hyper-parameters, or a dictionary of them. `probe_batch_size` defaults to the global batch.
@@ -71,19 +72,27 @@ class ISTCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.tuner is not None:  # training began before, and may have been broken off
             self.tuner.release()
-        _require_served(args, model, train_dataloader)
+        _require_served(self.config, args, model, train_dataloader)
         drop_input_grad_hooks(model)
-        self.tuner = SparseTuner(model, self.config, lambda step: _probe_loss(self.tuner, step, args, train_dataloader))
+        self.tuner = SparseTuner(
+            model,
+            self.config,
+            lambda step: _probe_loss(self.tuner, step, args, train_dataloader),
+            lambda: _calibration_batches(self.config, args, train_dataloader),
+        )
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not all(id(parameter) in trained for parameter in self.tuner.trained_parameters()):
             raise ValueError("the optimizer lacks adapter parameters: make it while all layers can be trained")
         if state.global_step:
             self._resume(state)
+        semantic = self.tuner.prepare()
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             keep_lines(Path(args.output_dir) / IMPORTANCE, lambda line: line["step"] < state.global_step)
-            layers, (n_layers, n_trained, _) = self.tuner.layers, self.tuner.sampler.counts
+            layers, (n_layers, n_trained, _) = self.tuner.layers, self.tuner.rule.counts
             print(f"IST: {n_layers} layers, {n_trained} trained per step (selection {self.config.selection})")
+            if semantic:
+                (Path(args.output_dir) / "semantic.json").write_text(json.dumps(semantic) + "\n")
             if layers.outside:
                 print(f"In no layer, or shared by several, so trained at every step: {', '.join(layers.outside[:5])}")
 
@@ -126,10 +135,12 @@ class ISTCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             output_dir = Path(args.output_dir)
             updates, counts = read_lines(output_dir / IMPORTANCE), self.tuner.trained_counts
-            plot_importance(output_dir / PICTURE, updates, counts, state.global_step, output_dir.name)
+            plot_importance(
+                output_dir / PICTURE, updates, counts, state.global_step, output_dir.name, self.tuner.prepare()
+            )
 
 
-def _require_served(args: TrainingArguments, model: nn.Module, train_dataloader: DataLoader) -> None:
+def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module, train_dataloader: DataLoader) -> None:
     kind = AcceleratorState().distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"ISTCallback runs on one process or under DDP, not under {kind.value}: use train_ist.py")
@@ -146,25 +157,31 @@ def _require_served(args: TrainingArguments, model: nn.Module, train_dataloader:
         raise ValueError('activation_checkpointing_kwargs must be {"use_reentrant": False}, the default')
     if not hasattr(train_dataloader.dataset, "__getitem__") or not hasattr(train_dataloader.dataset, "__len__"):
         raise ValueError("train_dataset must have a length and rows by number: probes are drawn from it")
+    if config.selection.startswith("semantic") and model.config.is_encoder_decoder:
+        raise ValueError("semantic rules compare hidden states with next tokens: not served in an encoder-decoder")
     labels = train_dataloader.collate_fn([train_dataloader.dataset[0]]).get("labels")
     if labels is None or labels.dim() != 2:
         raise ValueError("the collator must give labels [B, T], as for language modelling: probes are measured by them")
 
 
-def _probe_batches(step: int, config: ISTConfig, args: TrainingArguments, loader: DataLoader) -> Iterator[dict]:
-    """This rank's share of the probe rows of `step`, collated as for training."""
+def _batches(indices: Sequence[int], args: TrainingArguments, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    """This rank's share of the rows, collated as for training, on its device."""
     size, rank, world_size = args.per_device_train_batch_size, args.process_index, args.world_size
-    count = config.probe_rows(size * args.gradient_accumulation_steps * world_size)
-    indices = probe_rows(len(loader.dataset), count, config.seed, step)
     for start in range(rank * size, len(indices), size * world_size):
-        yield loader.collate_fn([loader.dataset[i] for i in indices[start : start + size]])
+        batch = loader.collate_fn([loader.dataset[i] for i in indices[start : start + size]])
+        yield {key: value.to(args.device) for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+def _calibration_batches(config: ISTConfig, args: TrainingArguments, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    return _batches(probe_rows(len(loader.dataset), config.semantic_rows, config.seed, "calibration"), args, loader)
 
 
 def _probe_loss(tuner: SparseTuner, step: int, args: TrainingArguments, loader: DataLoader) -> Tensor:
     """[2] float64: (sum of token losses, predicted tokens) over this rank's share."""
     total = torch.zeros(2, dtype=torch.float64, device=args.device)
-    for batch in _probe_batches(step, tuner.config, args, loader):
-        batch = {key: value.to(args.device) for key, value in batch.items() if isinstance(value, Tensor)}
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    indices = probe_rows(len(loader.dataset), tuner.config.probe_rows(size), tuner.config.seed, step)
+    for batch in _batches(indices, args, loader):
         total[0] += token_loss_sum(tuner.model, batch)
         predicted = batch["labels"] if tuner.model.config.is_encoder_decoder else batch["labels"][:, 1:]
         total[1] += (predicted != IGNORE).sum()

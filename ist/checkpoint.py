@@ -1,8 +1,9 @@
 """Exact save and resume: small, whole, and read without unpickling.
 
-A checkpoint holds the adapter, the optimizer and a JSON state; never the base model. It is written under a temporary
-name and renamed, so a folder named step_* is whole at whatever moment the process died; `checkpoint.json`, written
-last, lists the sizes of the other files, so a folder that was cut short by a copy is not taken for whole either.
+A checkpoint holds the adapter (without one, the weights that train), the optimizer and a JSON state; never the frozen
+base. It is written under a temporary name and renamed, so a folder named step_* is whole at whatever moment the process
+died; `checkpoint.json`, written last, lists the sizes of the other files, so a folder that was cut short by a copy is
+not taken for whole either.
 """
 
 import json
@@ -17,6 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ist.config import UsageError
 from ist.distributed import full_tensor, like
@@ -89,10 +91,14 @@ def _split_optimizer(
     return tensors, numbers
 
 
-def _gathered(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU and whole, on every rank; one tensor under several names stays one."""
-    whole = {id(tensor): full_tensor(tensor).detach().cpu() for tensor in adapter.values()}
-    return {name: whole[id(tensor)] for name, tensor in adapter.items()}
+def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """On the CPU and whole, where they are to be kept; one tensor under several names stays one. All ranks call it."""
+    whole = {}
+    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
+        gathered = full_tensor(tensor)
+        if keep:
+            whole[id(tensor)] = gathered.detach().cpu()
+    return {name: whole[id(tensor)] for name, tensor in tensors.items()} if keep else {}
 
 
 def _once(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +125,7 @@ def save_checkpoint(
         parameters: those of the adapter that train, now or at another step, by name.
         state: JSON-ready; what `load_checkpoint` gives back.
     """
-    adapter = {name: tensor.contiguous() for name, tensor in _gathered(_once(adapter)).items()}
+    adapter = {name: tensor.contiguous() for name, tensor in _gathered(_once(adapter), write).items()}
     tensors, numbers = _split_optimizer(optimizer, parameters)
     final = output_dir / "checkpoints" / step_name(step)
     if not write:
@@ -218,44 +224,77 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 MODEL_CARD = """---
 base_model: {base}
-library_name: peft
-tags: [ist, {method}]
+library_name: {library}
 ---
-A {method} adapter for `{base}`, trained with Importance-aware Sparse Tuning (arXiv 2410.11772).
+{what} `{base}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
 Selection `{selection}`: {trained} of {n_layers} layers per step, {steps} steps of {batch} rows. `run.json` beside this
 folder has everything else.
 
 ```python
-{registration}from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
+{loading}
 ```
 """
 
+ADAPTER_LOADING = """{registration}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")"""
 
-def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, summary: dict, write: bool) -> None:
+MODEL_LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
+
+
+def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, summary: dict, write: bool) -> Path:
     """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
 
     `adapter` is, by name, what PEFT may look for in the model's state_dict.
     """
-    output_dir = Path(args.output_dir)
-    temporary = output_dir / ".saving-adapter"
-    whole = _gathered(adapter)
+    final, temporary = Path(args.output_dir) / "adapter", Path(args.output_dir) / ".saving-adapter"
+    whole = _gathered(adapter, write)
     if not write:
-        return
+        return final
     model.save_pretrained(temporary, state_dict=whole)
     method = model.peft_config["default"].peft_type.value
     ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
+    loading = ADAPTER_LOADING.format(registration=ours, base=args.model_name_or_path, folder=final)
+    _write_card(temporary, args, summary, f"peft\ntags: [ist, {method}]", f"A {method} adapter for", loading)
+    publish(temporary, final)
+    return final
+
+
+def save_model(model: PreTrainedModel, args: Namespace, summary: dict, write: bool) -> Path:
+    """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
+
+    Where weights of another type trained in float32, all are written in float32: what was validated is what is saved.
+    """
+    final, temporary = Path(args.output_dir) / "model", Path(args.output_dir) / ".saving-model"
+    whole = _gathered(model.state_dict(keep_vars=True), write)
+    if not write:
+        return final
+    if any(tensor.dtype == torch.float32 for tensor in whole.values()):
+        wide = {id(tensor): tensor.float() if tensor.is_floating_point() else tensor for tensor in whole.values()}
+        whole = {name: wide[id(tensor)] for name, tensor in whole.items()}
+    model.save_pretrained(temporary, state_dict=whole)
+    config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
+    config.dtype = next(tensor.dtype for tensor in whole.values() if tensor.is_floating_point())
+    config.save_pretrained(temporary)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    tokenizer.save_pretrained(temporary)
+    loading = MODEL_LOADING.format(folder=final)
+    _write_card(temporary, args, summary, "transformers\ntags: [ist]", "Fine-tuned from", loading)
+    publish(temporary, final)
+    return final
+
+
+def _write_card(folder: Path, args: Namespace, summary: dict, library: str, what: str, loading: str) -> None:
     card = MODEL_CARD.format(
         base=args.model_name_or_path,
-        method=method,
-        registration=ours,
+        library=library,
+        what=what,
+        loading=loading,
         selection=args.selection,
         trained=summary["layer_counts"]["trained"],
         n_layers=summary["layer_counts"]["n_layers"],
         steps=summary["max_steps"],
         batch=summary["configuration"]["global_batch_size"],
-        folder=output_dir / "adapter",
     )
-    (temporary / "README.md").write_text(card)
-    publish(temporary, output_dir / "adapter")
+    (folder / "README.md").write_text(card)

@@ -78,6 +78,16 @@ def _resolve_layer_count(key: str, value: int | float | str, n_layers: int, floo
     return value
 
 
+# The keys that belong to one rule: {key: (rule, its default)}. `semantic+ist` has those of semantic.
+RULE_KEYS = {
+    "lisa_interval": ("lisa", 20),
+    "fixed_layers": ("fixed", None),
+    "min_trained_layers": ("semantic", 0.25),
+    "semantic_budget": ("semantic", None),
+    "semantic_rows": ("semantic", 64),
+}
+
+
 @dataclass
 class ISTConfig:
     """Hyper-parameters of Importance-aware Sparse Tuning; the defaults are the paper's (section 4 and Table 8).
@@ -91,9 +101,13 @@ class ISTConfig:
 
     _argument_group_name = "selection: which layers are trained"
 
-    selection: Literal["ist", "random", "all"] = field(
+    selection: Literal["ist", "random", "all", "lisa", "fixed", "first", "last", "semantic", "semantic+ist"] = field(
         default="ist",
-        metadata={"help": "ist learns layer importance; random draws N_u layers uniformly; all is plain PEFT."},
+        metadata={
+            "help": "ist learns layer importance; random draws N_u layers at each step, lisa every lisa_interval "
+            "steps; all is plain PEFT; fixed, first and last always train the same; semantic freezes the layers below "
+            "a boundary that it finds before training, semantic+ist draws by importance among those above it."
+        },
     )
     trained_layers: str = field(
         default="0.25", metadata={"help": "N_u, layers trained at each step: a fraction in (0, 1), a count, or all."}
@@ -116,6 +130,22 @@ class ISTConfig:
         default=None,
         metadata={"help": "Training rows per candidate loss; default: the global batch (16 with score_rule released)."},
     )
+    lisa_interval: int | None = field(
+        default=None, metadata={"help": "lisa: K, steps for which drawn layers stay; default 20."}
+    )
+    fixed_layers: list[str] | None = field(
+        default=None, metadata={"help": "fixed: the layers to train, from 0; default N_u layers at equal distances."}
+    )
+    min_trained_layers: str | None = field(
+        default=None, metadata={"help": "semantic: layers above the boundary at the least; default 0.25 of all."}
+    )
+    semantic_budget: float | None = field(
+        default=None,
+        metadata={"help": "semantic: share of the layers that the backward may go through; default: no limit."},
+    )
+    semantic_rows: int | None = field(
+        default=None, metadata={"help": "semantic: training rows of the pass before training; default 64."}
+    )
     layer_stack: Literal["decoder", "encoder", "both"] = field(
         default="decoder",
         metadata={"help": "Where a model has more than one list of layers: which of them layers are chosen from."},
@@ -135,20 +165,54 @@ class ISTConfig:
         if self.probe_batch_size is not None:
             require(self.probe_batch_size >= 1, "probe_batch_size", "1 or more", self.probe_batch_size)
         require(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2^32 - 1", self.seed)
+        self._check_keys_of_rules()
+
+    def _check_keys_of_rules(self) -> None:
+        """A key of one rule given to another is refused. IST's own may stand in a recipe that all arms share."""
+        for key, (rule, default) in RULE_KEYS.items():
+            if self.selection not in (rule, f"{rule}+ist"):
+                value = getattr(self, key)
+                require(value is None, key, f"left out with --selection {self.selection}: it is for {rule}", value)
+            elif getattr(self, key) is None:
+                setattr(self, key, default)
+        if self.fixed_layers is not None:
+            parts = [part for item in self.fixed_layers for part in str(item).split(",") if part]
+            whole = bool(parts) and all(part.isdigit() for part in parts)
+            require(whole, "fixed_layers", "layer numbers, from 0", " ".join(map(str, self.fixed_layers)))
+            self.fixed_layers = sorted({int(part) for part in parts})
+        if self.min_trained_layers is not None:
+            self.min_trained_layers = _parse_layer_count("min_trained_layers", self.min_trained_layers)
+        if self.lisa_interval is not None:
+            require(self.lisa_interval >= 1, "lisa_interval", "1 or more", self.lisa_interval)
+        if self.semantic_budget is not None:
+            require(0 < self.semantic_budget < 1, "semantic_budget", "in (0, 1)", self.semantic_budget)
+        if self.semantic_rows is not None:
+            require(self.semantic_rows >= 1, "semantic_rows", "1 or more", self.semantic_rows)
+        if self.selection.startswith("semantic"):
+            allowed = "decoder: semantic compares hidden states with the tokens that a decoder predicts"
+            require(self.layer_stack == "decoder", "layer_stack", allowed, self.layer_stack)
+
+    @property
+    def suppresses(self) -> bool:
+        """Whether the rule learns from losses with suppressed responses."""
+        return self.selection in ("ist", "semantic+ist")
 
     def probe_rows(self, batch_size: int) -> int:
         """Rows behind a candidate's loss, for a global batch of `batch_size`."""
         return self.probe_batch_size or (16 if self.score_rule == "released" else batch_size)
 
+    def layer_count(self, key: str, n_layers: int) -> int:
+        """The layers that the value of `key` stands for in a model that has `n_layers`.
+
+        Raises:
+            UsageError: they are more than the model has.
+        """
+        return _resolve_layer_count(key, getattr(self, key), n_layers, self.score_rule == "released")
+
     def counts(self, n_layers: int) -> LayerCounts:
         """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8). The released rule floors fractions."""
-        floor = self.score_rule == "released"
-        trained = "all" if self.selection == "all" else self.trained_layers
-        return LayerCounts(
-            n_layers,
-            _resolve_layer_count("trained_layers", trained, n_layers, floor),
-            _resolve_layer_count("kept_layers", self.kept_layers, n_layers, floor),
-        )
+        trained = n_layers if self.selection == "all" else self.layer_count("trained_layers", n_layers)
+        return LayerCounts(n_layers, trained, self.layer_count("kept_layers", n_layers))
 
 
 class _Parser(HfArgumentParser):

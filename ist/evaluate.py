@@ -410,14 +410,13 @@ def as_table(summary: dict) -> str:
     return "\n".join(lines if summary["tasks"] else lines[2:])
 
 
-def _training_run(adapter: str | None) -> dict | None:
-    """What the run that made the adapter says of itself, where its run.json stands beside."""
+def _training_run(folder: str) -> dict | None:
+    """What the run that made the adapter, or the model, says of itself, where its run.json stands beside."""
     try:
-        run = json.loads((Path(adapter or "") / "../run.json").read_text()) if adapter else None
-    except (OSError, ValueError):
+        run = json.loads((Path(folder) / "../run.json").read_text())
+        return {"configuration": run["configuration"], **{key: run.get(key) for key in ("commit", "best", "steps")}}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    keys = ("configuration", "commit", "best", "steps")
-    return {key: run.get(key) for key in keys} if run else None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -427,7 +426,7 @@ def main(argv: Sequence[str]) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    training = _training_run(args.adapter)
+    training = _training_run(args.adapter or args.model_name_or_path)
     if args.prompt_template is None:
         args.prompt_template = training["configuration"]["prompt_template"] if training else "alpaca"
     require_base(args)

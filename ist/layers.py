@@ -1,6 +1,7 @@
 """Which modules are the decoder layers, and which adapter modules and parameters each of them holds.
 
-Layers are found by structure: the ModuleList whose members contain the injected PEFT modules. No table of class names.
+Layers are found by structure: the ModuleList whose members contain the injected PEFT modules, or, in a model without
+PEFT, parameters that train. No table of class names.
 """
 
 from collections.abc import Iterable
@@ -85,7 +86,7 @@ def _chosen_lists(model: nn.Module, lists: set[str], stack: str) -> list[str]:
 
 
 class LayerMap:
-    """The decoder layers of a PEFT model that carry adapters, in order.
+    """The decoder layers that carry adapters, in order; of a model without PEFT, those with parameters that train.
 
     Build it after `accelerator.prepare` (on the unwrapped model): sharding replaces parameters.
 
@@ -96,7 +97,8 @@ class LayerMap:
 
     Attributes:
         names: [N_L] module path of each layer, e.g. "base_model.model.model.layers.0".
-        modules: [N_L] lists of the layer's tuner modules (outermost ones).
+        blocks: [N_L] the layers themselves.
+        modules: [N_L] lists of the layer's tuner modules (outermost ones); empty without PEFT.
         parameters: [N_L] lists of the layer's trainable parameters, as they were when the map was built.
         outside: names of the trainable parameters of no layer: on the embeddings or the head, or shared.
         shared: those of `outside` that several layers share.
@@ -115,15 +117,21 @@ class LayerMap:
             last_tuner = name
             if (layer := _enclosing_layer(model, name)) is not None:
                 tuners.setdefault(layer, []).append(module)
+        plain = last_tuner is None and not hasattr(model, "peft_config")
+        if plain:
+            names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+            tuners = {layer: [] for name in names if (layer := _enclosing_layer(model, name)) is not None}
         lists = {path for path, _ in tuners}
         if not lists:
             raise UsageError(
-                "the model has no layer list: no adapter module sits inside a torch.nn.ModuleList of decoder layers, "
-                "so there is nothing to choose layers from. Check --target_modules and the model's architecture."
+                f"the model has no layer list: no {'parameter that trains' if plain else 'adapter module'} sits inside "
+                "a torch.nn.ModuleList of decoder layers, so there is nothing to choose layers from. Check "
+                "--target_modules and the model's architecture."
             )
         chosen = _chosen_lists(model, lists, stack)
         keys = sorted((key for key in tuners if key[0] in chosen), key=lambda key: (chosen.index(key[0]), key[1]))
         self.names = [f"{path}.{position}" for path, position in keys]
+        self.blocks = [model.get_submodule(name) for name in self.names]
         self.modules = [tuners[key] for key in keys]
         self.parameters: list[list[nn.Parameter]] = [[] for _ in keys]
         self.outside: list[str] = []

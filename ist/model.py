@@ -1,4 +1,4 @@
-"""From arguments to a PEFT model and its optimizer; what is wrong with them shows before any weight is loaded."""
+"""From arguments to a model that trains, and its optimizer; what is wrong with them shows before weights are loaded."""
 
 import json
 import re
@@ -14,7 +14,7 @@ import bitsandbytes
 import torch
 from accelerate.utils import set_seed
 from bitsandbytes.nn import Params4bit
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from torch import nn
@@ -142,14 +142,16 @@ def require_served(config: PeftConfig, args: Namespace, sharded: bool) -> None:
     raise UsageError(f"--peft_config {args.peft_config}: {config.peft_type.value} is not served: {reason}.")
 
 
-def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig:
-    """The adapter that the arguments describe; `total_steps` is for methods that have a schedule (AdaLoRA).
+def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig | None:
+    """The adapter that the arguments describe, if any; `total_steps` is for methods with a schedule (AdaLoRA).
 
     Raises:
         UsageError: --peft_config names no usable configuration.
     """
     if args.peft_config:
         return _read_peft_config(args, total_steps)
+    if args.peft_method == "none":
+        return None
     if args.peft_method in ("series", "parallel"):
         config_class = {"series": SeriesConfig, "parallel": ParallelConfig}[args.peft_method]
         options = {"bottleneck_size": args.bottleneck_size}
@@ -159,6 +161,25 @@ def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig:
     targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
     excluded = args.exclude_modules
     return config_class(**options, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM")
+
+
+def free_base_weights(model: nn.Module, args: Namespace) -> None:
+    """peft_method none: let the text decoder's layers train; what is in no layer (embeddings, head) too where all do.
+
+    LISA's description has embeddings and head trained at every step. For the other rules the layers are the choice,
+    and trained embeddings would bring the backward down through the layers that rest.
+
+    Raises:
+        UsageError: no list of layers was found.
+    """
+    head = model.get_output_embeddings()
+    text = [text_decoder(model)] + ([head] if head is not None else [])
+    trains = {id(parameter) for module in text for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trains)
+    if args.selection not in ("all", "lisa"):
+        for name in LayerMap(model, args.layer_stack).outside:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def as_json(config: PeftConfig) -> dict:
@@ -240,6 +261,8 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
     if args.dtype != "auto":
         model = model.to(getattr(torch, args.dtype))
     vocabulary = model.get_input_embeddings().num_embeddings
+    if args.peft_method == "none":
+        return _plan_base_weights(args, model), config, vocabulary
     defaults = not args.target_modules and args.peft_method == "lora"
     resolve_targets(args, model)
     peft_config = make_peft_config(args)
@@ -265,18 +288,41 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
             model = get_peft_model(skeleton(config), like, low_cpu_mem_usage=True)
     with _adapter_errors(args):
         layers = LayerMap(model, args.layer_stack)
-        coarse = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-        if coarse and not args.bf16:
-            raise UsageError(
-                f"{coarse[0]} and {len(coarse) - 1} more would train in {args.dtype}, where small steps are lost: pass "
-                "--bf16 true (they are float32 then) or --dtype float32."
-            )
+        _require_fine(args, model)
         if sharded and layers.shared:
             raise UsageError(
                 "layers share trainable parameters, which cannot be sharded layer by layer; use "
                 "accelerate_configs/ddp.yaml."
             )
     return layers, config, vocabulary
+
+
+def _plan_base_weights(args: Namespace, model: nn.Module) -> LayerMap:
+    """The layers of a skeleton whose own weights train.
+
+    Raises:
+        UsageError: the selection, or 4-bit weights, do not go with that; or there is no list of layers.
+    """
+    if args.selection in ("ist", "semantic+ist"):
+        raise UsageError(
+            f"--selection {args.selection} suppresses the response of adapters, and --peft_method none has none: "
+            "choose another selection (all, lisa, random, ...)."
+        )
+    if args.load_in_4bit:
+        raise UsageError("--peft_method none trains the base weights, which --load_in_4bit packs: leave one out.")
+    free_base_weights(model, args)
+    _require_fine(args, model)
+    return LayerMap(model, args.layer_stack)
+
+
+def _require_fine(args: Namespace, model: nn.Module) -> None:
+    """Refuse to train in a type in which small steps are lost in silence."""
+    coarse = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if coarse and not args.bf16:
+        raise UsageError(
+            f"{coarse[0]} and {len(coarse) - 1} more would train in {args.dtype}, where small steps are lost: pass "
+            "--bf16 true (they are float32 then) or --dtype float32."
+        )
 
 
 @contextmanager
@@ -305,7 +351,8 @@ def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> No
         )
 
 
-def load_model(args: Namespace, peft_config: PeftConfig, device: torch.device) -> PeftModel:
+def load_model(args: Namespace, peft_config: PeftConfig | None, device: torch.device) -> nn.Module:
+    """The model with its adapter, or with its own weights to train; in train mode, what trains in float32."""
     if args.load_in_4bit:
         dtype = torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32
         quantization = BitsAndBytesConfig(
@@ -334,7 +381,9 @@ def load_model(args: Namespace, peft_config: PeftConfig, device: torch.device) -
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_seed(args.seed)
     with _adapter_errors(args):
-        model = get_peft_model(base, peft_config)
+        model = base if peft_config is None else get_peft_model(base, peft_config)
+        if peft_config is None:
+            free_base_weights(model, args)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and isinstance(parameter, Params4bit):
                 raise UsageError(f"{name} would train, but its weights are packed in 4 bits.")

@@ -22,13 +22,14 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ist.checkpoint import checkpoint_steps, write_json
-from ist.config import UsageError, brief, run_command
+from ist.config import LayerCounts, UsageError, brief, run_command
 
 METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
 
@@ -146,9 +147,8 @@ def require_free(output_dir: Path, configuration: dict, resume: bool) -> bool:
         UsageError: it is another one, or it can go on but was not asked to.
     """
     run = read_run(output_dir)
-    holds_results = (
-        read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or (output_dir / "adapter").exists()
-    )
+    results = [output_dir / name for name in ("adapter", "model")]
+    holds_results = read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or any(p.exists() for p in results)
     if not holds_results:
         return False
     if run is None:
@@ -241,6 +241,15 @@ class RunRecord:
         values = {f"train/{key}": value for key, value in line.items() if not isinstance(value, list)}
         self.accelerator.log(values, step=line["step"])
 
+    def semantic(self, summary: dict, counts: LayerCounts) -> None:
+        """What a semantic rule saw before training, and the layers that it left to train."""
+        self.summary.update(semantic=summary, layer_counts=counts._asdict())
+        if self.main:
+            write_json(self.output_dir / RUN, self.summary)
+        values = {"semantic/boundary": summary["boundary"]}
+        values |= {f"semantic/deviation/space_{i:02d}": value for i, value in enumerate(summary["deviations"])}
+        self.accelerator.log(values, step=self.summary["steps"])
+
     def validation(self, line: dict) -> None:
         self._append(METRICS, line)
         self.accelerator.log({"eval/loss": line["validation_loss"]}, step=line["step"])
@@ -302,31 +311,56 @@ def draw_importance(output_dir: Path) -> Path:
         raise UsageError(f"{output_dir} holds no run with layers to draw (no {RUN} with trained_counts).")
     path = output_dir / PICTURE
     title = f"{output_dir.name}: {run['status']}"
-    plot_importance(path, read_lines(output_dir / IMPORTANCE), run["trained_counts"], run["steps"], title)
+    updates, semantic = read_lines(output_dir / IMPORTANCE), run.get("semantic")
+    plot_importance(path, updates, run["trained_counts"], run["steps"], title, semantic)
     return path
 
 
-def plot_importance(path: Path, updates: list[dict], counts: list[int], steps: int, title: str) -> None:
-    """The picture, from the lines of importance.jsonl and the steps in which each layer was trained."""
+def _plot_semantic(axis: Axes, semantic: dict) -> None:
+    """Deviation of each latent space; the layers that are frozen for good are shaded, space k is above layer k - 1."""
+    deviations, boundary = semantic["deviations"], semantic["boundary"]
+    axis.plot(range(len(deviations)), deviations, marker=".", color="0.2", lw=1.2)
+    axis.axvspan(0, boundary + 1, color="tab:blue", alpha=0.15, label=f"frozen: layers 0 to {boundary}")
+    axis.set(xlabel="latent space", ylabel="deviation", title="Mean cosine distance from the semantic bases")
+    axis.legend(loc="lower left", fontsize="small")
+
+
+def plot_importance(
+    path: Path, updates: list[dict], counts: list[int], steps: int, title: str, semantic: dict | None = None
+) -> None:
+    """The picture, from the lines of importance.jsonl and the steps in which each layer was trained.
+
+    `semantic` is what SemanticFreezing.summary gives; its panel takes the place of importance without updates.
+    """
     n_layers = len(counts)
     colours = ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for i in range(n_layers if updates else 0):
+    panels = (["semantic"] if semantic else []) + (["importance"] if updates or not semantic else []) + ["counts"]
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(1, len(panels), width_ratios=[3] * (len(panels) - 1) + [2.2]), strict=True))
+    right = axes["counts"]
+    if semantic:
+        _plot_semantic(axes["semantic"], semantic)
+    if "importance" in axes:
+        _plot_scores(figure, axes["importance"], updates, colours)
+    right.bar(range(n_layers), counts, color=[colours.to_rgba(i) for i in range(n_layers)])
+    right.axhline(sum(counts) / n_layers, color="0.3", ls="--", lw=1, label="mean over layers")
+    right.set(xlabel="layer", ylabel="steps", title=f"Steps each layer was trained (of {steps})")
+    right.legend(loc="upper left", fontsize="small")
+    for axis in (*(axes[name].xaxis for name in panels), right.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_scores(figure: Figure, left: Axes, updates: list[dict], colours: ScalarMappable) -> None:
+    n_layers = len(updates[0]["scores"]) if updates else 0
+    for i in range(n_layers):
         at = [0] + [update["step"] for update in updates]
         left.plot(at, [0.5] + [update["probabilities"][i] for update in updates], color=colours.to_rgba(i), lw=1.2)
     if not updates:
         left.text(0.5, 0.5, "no importance updates in this run", ha="center", transform=left.transAxes)
     left.set(ylim=(0, 1), xlabel="optimizer step", ylabel="sigmoid(importance)", title="Layer importance")
     figure.colorbar(colours, ax=left, label="layer")
-    right.bar(range(n_layers), counts, color=[colours.to_rgba(i) for i in range(n_layers)])
-    right.axhline(sum(counts) / n_layers, color="0.3", ls="--", lw=1, label="mean over layers")
-    right.set(xlabel="layer", ylabel="steps", title=f"Steps in which each layer was trained (of {steps})")
-    right.legend(loc="upper left", fontsize="small")
-    for axis in (left.xaxis, right.xaxis, right.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -350,10 +384,13 @@ def read_results(folder: Path) -> dict[str, Any]:
     else:
         settings = training["configuration"]
         arm = (settings.get("adapter") or {"peft_type": settings["peft_method"]})["peft_type"].upper()
+        arm = "FULL" if arm == "NONE" else arm
         seed = settings["seed"]
         if settings["selection"] != "all":
             arm += f" + {settings['selection']}"
             arm += "" if settings["trained_layers"] == 0.25 else f" ({settings['trained_layers']} layers)"
+            if settings.get("fixed_layers"):
+                arm += f" {','.join(map(str, settings['fixed_layers']))}"
     return {"file": str(file), "model": model, "arm": arm, "seed": seed, "right": right}
 
 

@@ -3,15 +3,16 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ist import distributed
-from ist.config import ISTConfig
+from ist.config import ISTConfig, UsageError
 from ist.layers import LayerMap
-from ist.sampler import ImportanceSampler
+from ist.selection import SemanticFreezing, make_rule
+from ist.selection.semantic import measure_deviations
 from ist.suppression import measuring, suppress
 
 
@@ -31,7 +32,7 @@ def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 class SparseTuner:
-    """Chooses the layers that train at each step, freezes the rest, and learns which layers matter.
+    """Has a rule choose the layers that train at each step, freezes the rest, and measures what the rule asks for.
 
     Build it last, when the optimizer (over *all* adapter parameters) exists and the model is prepared:
 
@@ -42,40 +43,76 @@ class SparseTuner:
             optimizer.zero_grad(set_to_none=True)   # None, not zero: a resting layer must not move
 
     Args:
-        model: a PEFT model, unwrapped (`accelerator.unwrap_model`) but already sharded where it is to be.
-        config: hyper-parameters of the method.
+        model: a PEFT model, unwrapped (`accelerator.unwrap_model`) but already sharded where it is to be; or, for
+            rules that suppress nothing, any model whose layers' own weights train.
+        config: the rule and its hyper-parameters.
         probe_loss: step -> [2] tensor, (sum of token losses, number of predicted tokens) over this rank's share of
-            the probe rows of that step, the same rows at every call. Not called unless `selection` is ist.
+            the probe rows of that step, the same rows at every call. Called by ist and semantic+ist.
+        calibration: gives this rank's share of `config.semantic_rows` training rows, as batches on the model's
+            device, as many on each rank. Called by semantic and semantic+ist.
+
+    Raises:
+        UsageError: the rule's keys do not fit the model's layers, or it suppresses responses and there are none.
     """
 
-    def __init__(self, model: nn.Module, config: ISTConfig, probe_loss: Callable[[int], Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ISTConfig,
+        probe_loss: Callable[[int], Tensor],
+        calibration: Callable[[], Iterable[dict[str, Tensor]]] | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.probe_loss = probe_loss
+        self.calibration = calibration
         self.layers = LayerMap(model, config.layer_stack)
-        self.sampler = ImportanceSampler(self.layers.n_layers, config)
+        self.rule = make_rule(self.layers.n_layers, config)
+        if config.suppresses and not any(self.layers.modules):
+            raise UsageError(f"--selection {config.selection} suppresses adapters, and the model has none.")
         self.trained: list[int] = list(range(self.layers.n_layers))
         self.trained_counts = [0] * self.layers.n_layers
         self.probe_seconds = 0.0
-        self._outside = [model.get_parameter(name) for name in self.layers.outside]
+        self._outside = {id(model.get_parameter(name)) for name in self.layers.outside}
+        in_layers = {id(parameter) for layer in self.layers.parameters for parameter in layer}
+        self._all = [p for p in model.parameters() if id(p) in in_layers or id(p) in self._outside]
         self._plan: dict[int, list[int]] = {}
 
+    def prepare(self) -> dict | None:
+        """Make the pass before training that semantic rules ask for, unless its answer is known.
+
+        `begin_step` makes it too, where it was not made.
+
+        Returns:
+            What was seen and chosen; None for the other rules.
+
+        Raises:
+            FloatingPointError: a hidden state is not finite.
+        """
+        if not isinstance(self.rule, SemanticFreezing):
+            return None
+        if self.rule.boundary is None:
+            with measuring(self.model):
+                self.rule.see(measure_deviations(self.model, self.layers.blocks, self.calibration()))
+        return self.rule.summary()
+
     def begin_step(self, step: int) -> dict | None:
-        """Importance update if one is due, then the selection of `step` (counted from 0), set on the model.
+        """An update if one is due, then the selection of `step` (counted from 0), set on the model.
 
         Returns:
             The update's line of importance.jsonl, or None when none was due.
 
         Raises:
-            RuntimeError: ranks disagree on the scores or on the layers to train.
+            RuntimeError: ranks disagree on what the rule has learned or on the layers to train.
             FloatingPointError: a candidate loss is not finite.
         """
         update = None
         if step not in self._plan:
-            update = self.update_importance(step) if self.sampler.due(step) else None
+            self.prepare()
+            update = self.update_importance(step) if self.rule.due(step) else None
             # Scores stay put until the next update, so that all selections up to it are known, and compared, now.
             interval = self.config.update_interval
-            self._plan = {s: self.sampler.trained(s) for s in range(step, (step // interval + 1) * interval)}
+            self._plan = {s: self.rule.trained(s) for s in range(step, (step // interval + 1) * interval)}
             self._require_agreement(step)
         self._activate(self._plan[step])
         return update
@@ -83,7 +120,7 @@ class SparseTuner:
     def update_importance(self, step: int) -> dict:
         """The importance loop: one loss per candidate set, everything outside the set suppressed (Eq. 8-10)."""
         start = time.perf_counter()
-        candidates = self.sampler.candidates(step)
+        candidates = self.rule.candidates(step)
         sums = []
         with measuring(self.model):
             for kept in candidates:
@@ -91,10 +128,10 @@ class SparseTuner:
                     sums.append(self.probe_loss(step).double())
         loss_sum, tokens = distributed.reduce_sum(torch.stack(sums)).unbind(dim=1)
         losses = (loss_sum / tokens).tolist()
-        rewards = self.sampler.update(candidates, losses)
+        rewards = self.rule.update(candidates, losses)
         seconds = time.perf_counter() - start
         self.probe_seconds += seconds
-        importance = self.sampler.importance
+        importance = self.rule.importance
         return {
             "step": step,
             "scores": importance.tolist(),
@@ -107,8 +144,8 @@ class SparseTuner:
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that train at the present step, in the model's order: what to clip."""
-        layers = [parameter for i in self.trained for parameter in self.layers.parameters[i]]
-        return layers + self._outside
+        trained = {id(parameter) for i in self.trained for parameter in self.layers.parameters[i]}
+        return [parameter for parameter in self._all if id(parameter) in trained or id(parameter) in self._outside]
 
     def release(self) -> None:
         """Let every layer train again, as it was before the tuner was built."""
@@ -117,11 +154,11 @@ class SparseTuner:
                 parameter.requires_grad_(True)
 
     def state_dict(self) -> dict:
-        """Scores and counts, JSON-ready; draws depend on (seed, step) alone and need no state."""
-        return {**self.sampler.state_dict(), "trained_counts": self.trained_counts}
+        """What the rule has learned, and counts, JSON-ready; draws depend on (seed, step) alone and need no state."""
+        return {**self.rule.state_dict(), "trained_counts": self.trained_counts}
 
     def load_state_dict(self, state: dict) -> None:
-        self.sampler.load_state_dict(state)
+        self.rule.load_state_dict(state)
         self.trained_counts = list(state["trained_counts"])
         self._plan = {}
 
@@ -134,5 +171,5 @@ class SparseTuner:
         self.trained = trained
 
     def _require_agreement(self, step: int) -> None:
-        decision = json.dumps([step, self.sampler.scores.tolist(), list(self._plan.values())])
+        decision = json.dumps([step, self.rule.state_dict(), list(self._plan.values())])
         distributed.require_agreement(f"the layers of step {step}", hashlib.sha256(decision.encode()).hexdigest()[:16])

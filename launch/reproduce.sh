@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One row of the paper's Table 2 or 3: train a recipe in one of its arms, then score it on the recipe's tasks.
 #
-#   launch/reproduce.sh RECIPE ARM [SEED] [--key value ...]      ARM: all (plain PEFT), random, ist
+#   launch/reproduce.sh RECIPE ARM [SEED] [--key value ...]      ARM: a selection: all (plain PEFT), random, ist ...
 #   launch/reproduce.sh llama_7b_lora_commonsense ist 42 --model_name_or_path /weights/llama-7b-hf
 #
 # Needs the weights, and LLM-Adapters' files under $DATA (default data/): commonsense_170k.json or math_10k.json, and
@@ -20,7 +20,10 @@ if [ ! -f "$file" ]; then
   echo "error: no recipe $recipe; there are: $(cd launch/recipes && ls ./*.yaml | sed 's|./||; s|\.yaml||' | tr '\n' ' ')" >&2
   exit 2
 fi
-case $arm in all | random | ist) ;; *) echo "error: ARM must be all, random or ist; got $arm" >&2; exit 2 ;; esac
+case $arm in
+all | random | ist | lisa | fixed | first | last | semantic | semantic+ist) ;;
+*) echo "error: ARM must be a selection of train_ist.py (all, random, ist, lisa, ...); got $arm" >&2; exit 2 ;;
+esac
 
 data=${DATA:-data} config=${CONFIG:-accelerate_configs/single.yaml} name=$recipe-$arm-$seed
 python=python

@@ -77,6 +77,6 @@ if __name__ == "__main__":
         "wrapped": type(trainer.model_wrapped).__name__,
         "losses": [loss for loss, _ in trainer.seen],
         "trained": [layers for _, layers in trainer.seen],
-        "scores": callback.tuner.sampler.scores.tolist(),
+        "scores": callback.tuner.rule.scores.tolist(),
     }
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))

@@ -90,7 +90,7 @@ try:
 finally:
     if tuners and "SPY_DIR" in os.environ:
         seen = {
-            "scores": tuners[0].sampler.scores.tolist(),
+            "scores": tuners[0].rule.scores.tolist(),
             "trained_counts": tuners[0].trained_counts,
             "all_dtensors": tuners[0].all_dtensors,
             "linear_4bit": tuners[0].linear_4bit,

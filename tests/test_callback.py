@@ -261,4 +261,22 @@ def test_an_encoder_decoder(tmp_path, rows, stack, n_layers):
     assert bool(callback.tuner.layers.outside) == (stack != "both")
     losses = [loss for loss, _ in trainer.seen]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert max(map(abs, callback.tuner.sampler.scores.tolist())) > 0.01
+    assert max(map(abs, callback.tuner.rule.scores.tolist())) > 0.01
+
+
+@pytest.mark.parametrize("rule", ["lisa", "semantic+ist", "last"])
+def test_other_rules_choose_as_in_train_ist(train, tiny, tmp_path, monkeypatch, rule):
+    seen, prepare = {}, train_ist.prepare_data
+    monkeypatch.setattr(train_ist, "GlobalBatches", InOrderBatches)
+    monkeypatch.setattr(train_ist, "prepare_data", lambda args: seen.setdefault("data", prepare(args)))
+    assert train(**IST, selection=rule, lora_dropout=0, max_steps=20) == 0
+    metrics = read_lines(tmp_path / "run/metrics.jsonl")
+    trainer = make(Trainer, tmp_path / "hf", tiny, seen["data"].rows, config=ISTConfig(**IST, selection=rule))
+    trainer.train()
+    assert [layers for _, layers in trainer.seen] == [line["trained_layers"] for line in metrics]
+    assert [loss for loss, _ in trainer.seen] == pytest.approx([line["loss"] for line in metrics], abs=1e-5)
+    if rule == "semantic+ist":
+        theirs = json.loads((tmp_path / "run/run.json").read_text())["semantic"]
+        ours = json.loads((tmp_path / "hf/semantic.json").read_text())
+        assert ours["deviations"] == pytest.approx(theirs["deviations"])
+        assert ours["boundary"] == theirs["boundary"]

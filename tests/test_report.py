@@ -182,7 +182,10 @@ def test_reproduce_trains_scores_and_goes_on(tiny, rows, tmp_path):
 
     assert run("--help").stdout.startswith("One row of the paper's Table 2 or 3")
     assert "no recipe llama_8b" in run("llama_8b", "ist").stderr
-    assert "ARM must be all, random or ist; got lora" in run("llama_7b_lora_commonsense", "lora").stderr
+    assert (
+        "ARM must be a selection of train_ist.py (all, random, ist, lisa, ...); got lora"
+        in run("llama_7b_lora_commonsense", "lora").stderr
+    )
     flags = ["--model_name_or_path", tiny, "--dtype", "float32", "--max_steps", 4, "--validation_size", 4]
     flags += ["--per_device_train_batch_size", 2, "--eval_steps", 2, "--save_steps", 2, "--report_to", "none"]
     for _ in range(2):  # the second time there is nothing left to do

@@ -180,7 +180,7 @@ def final_scores(seed: int, selection: str = "ist") -> tuple[torch.Tensor, list[
         loss_of().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return tuner.sampler.importance, tuner.trained_counts, useful
+    return tuner.rule.importance, tuner.trained_counts, useful
 
 
 def test_scores_find_the_planted_layers():

@@ -1,0 +1,215 @@
+"""Semantic-aware layer freezing (Gu et al., Findings of ACL 2025, arXiv 2406.11753), alone and below IST.
+
+One pass without gradients over calibration rows tells how near each layer's output is to what the model should say.
+The layer that brings it nearest, and all below it, are frozen for good; the ones above are trained.
+
+The paper's: latent spaces 0 .. L between layers; the semantic basis of a token, its row one-hot times the
+pseudo-inverse of the LM head; a space's deviation from the basis of the ground-truth token; the gain of a layer as its
+reduction of the deviation by a scaling law; freezing the layer of largest gain and all below it; that cost and benefit
+of the boundary are weighed.
+
+Ours, as the paper's formulas were not to be had in text: the deviation as mean cosine distance over all predicted
+tokens; the gain as the drop of the deviation's logarithm (a power law in depth makes equal ratios equal gains); the
+floor `min_trained_layers`; the weighing: with `semantic_budget`, among boundaries whose backward goes through at most
+that share of the layers, the one with most gain per layer of backward; and the composition with IST.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from ist import distributed
+from ist.config import ISTConfig, LayerCounts, UsageError
+from ist.sampler import ImportanceSampler
+
+IGNORE = -100
+
+
+class SemanticBases:
+    """Semantic bases of tokens: rows of the pseudo-inverse of the LM head.
+
+    With logits = h W^T for a head W [V, d], the basis of token t is onehot(t) (W^T)^+ = W_t (W^T W)^+, so that no
+    [V, d] pseudo-inverse is ever made.
+
+    Args:
+        head: W, [V, d]; sharded (DTensor) as well: every rank must make one then.
+    """
+
+    def __init__(self, head: Tensor) -> None:
+        self.head = distributed.full_tensor(head.detach())
+        width = self.head.shape[1]
+        gram = torch.zeros(width, width, dtype=torch.float64, device=self.head.device)
+        for rows in self.head.split(8192):  # a float64 copy of the whole head would be several times its size
+            gram += rows.double().T @ rows.double()
+        self._inverse = torch.linalg.pinv(gram, hermitian=True)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[...] tokens -> [..., d] bases, float32."""
+        return (self.head[tokens].double() @ self._inverse).float()
+
+
+def _hidden(output: Tensor | Sequence) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[dict[str, Tensor]]) -> Tensor:
+    """Mean cosine distance of each latent space from the bases of the tokens that were to be predicted.
+
+    Args:
+        model: called as model(**batch without labels); its head as `get_output_embeddings` gives it.
+        blocks: [L] layers; the spaces are the input of the first and the output of each.
+        batches: this rank's share of the calibration rows, as many batches on each rank: input_ids, labels, ... [B, T].
+
+    Returns:
+        [L + 1] float64, over the rows of all ranks, on the CPU; each from 0 (they point where the bases do) to 2.
+
+    Raises:
+        FloatingPointError: a hidden state is not finite.
+    """
+    bases = SemanticBases(model.get_output_embeddings().weight)
+    total = torch.zeros(len(blocks) + 2, dtype=torch.float64, device=bases.head.device)
+    wanted: Tensor  # [predicted tokens, d] of the present batch
+    predicting: Tensor  # [B, T] whether the position predicts a token that counts
+
+    def observe(space: int, hidden: Tensor) -> None:
+        distance = 1 - cosine_similarity(hidden[predicting].float(), wanted, dim=-1)
+        total[space] += distance.sum(dtype=torch.float64)
+
+    def observe_input(module, args, kwargs):
+        observe(0, args[0] if args else kwargs["hidden_states"])
+
+    handles = [blocks[0].register_forward_pre_hook(observe_input, with_kwargs=True)]
+    try:
+        for space, block in enumerate(blocks, 1):
+            handles.append(
+                block.register_forward_hook(lambda _, args, output, space=space: observe(space, _hidden(output)))
+            )
+        for batch in batches:
+            targets = torch.full_like(batch["labels"], IGNORE)
+            targets[:, :-1] = batch["labels"][:, 1:]
+            predicting = targets != IGNORE
+            wanted = bases(targets[predicting])
+            total[-1] += predicting.sum()
+            model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    *sums, tokens = distributed.reduce_sum(total).cpu()
+    deviations = torch.stack(sums) / tokens
+    if not deviations.isfinite().all():
+        raise FloatingPointError(f"a hidden state of the calibration rows is not finite: {deviations.tolist()}")
+    return deviations
+
+
+def layer_gains(deviations: Sequence[float]) -> list[float]:
+    """[L + 1] deviations -> [L] gains: the drop of the deviation's logarithm from a layer's input to its output."""
+    logarithm = torch.tensor(deviations, dtype=torch.float64).clamp_min(1e-12).log()
+    return (logarithm[:-1] - logarithm[1:]).tolist()
+
+
+def choose_boundary(gains: Sequence[float], floor: int, most: int | None) -> int:
+    """The highest frozen layer: of largest gain; where cost is limited, of largest gain per layer of backward.
+
+    Args:
+        gains: [L].
+        floor: layers to leave above it, at least 1.
+        most: layers that the backward may go through, `floor` or more; None is no limit.
+    """
+    above = {i: len(gains) - 1 - i for i in range(len(gains))}
+    allowed = [i for i in above if floor <= above[i] <= (len(gains) if most is None else most)]
+    return max(allowed, key=lambda i: gains[i] if most is None else gains[i] / above[i])
+
+
+class SemanticFreezing:
+    """`semantic` trains all layers above the boundary, `semantic+ist` draws N_u of them by importance.
+
+    Importance is learned as if the model had only the layers above: fractions are of those, and the ones below keep
+    their response, whatever it is. Scores below stay 0.
+
+    Args:
+        n_layers: N_L.
+        config: `min_trained_layers`, `semantic_budget`, and IST's for `semantic+ist`.
+
+    Attributes:
+        deviations: [N_L + 1] as `see` got them; None before.
+        boundary: the highest frozen layer, from 0; None before.
+
+    Raises:
+        UsageError: the floor or the budget leave no boundary.
+    """
+
+    def __init__(self, n_layers: int, config: ISTConfig) -> None:
+        self.config = config
+        self.deviations: list[float] | None = None
+        self.boundary: int | None = None
+        self._above: ImportanceSampler | None = None
+        self.counts = LayerCounts(n_layers, n_layers, config.layer_count("kept_layers", n_layers))
+        self._floor = config.layer_count("min_trained_layers", n_layers)
+        floor = f"--min_trained_layers {config.min_trained_layers}"
+        for key in ("trained_layers", "kept_layers") if config.selection == "semantic+ist" else ():
+            count = getattr(config, key)  # a fraction, and all, are of the layers above, however many they will be
+            if isinstance(count, int) and count > self._floor:
+                self._floor, floor = count, f"--{key} {count}"
+        if self._floor >= n_layers:
+            raise UsageError(f"{floor} leaves no layer to freeze: the model has {n_layers}. Lower it.")
+        self._most = None if config.semantic_budget is None else int(config.semantic_budget * n_layers + 1e-9)
+        if self._most is not None and self._most < self._floor:
+            raise UsageError(
+                f"--semantic_budget {config.semantic_budget} leaves nothing to train: the backward may go through "
+                f"{self._most} of {n_layers} layers, {floor} wants {self._floor}. Raise it."
+            )
+
+    def see(self, deviations: Sequence[float]) -> None:
+        """Set the boundary; `deviations` are those of `measure_deviations`."""
+        n_layers = self.counts.n_layers
+        self.deviations = [float(value) for value in deviations]
+        self.boundary = choose_boundary(layer_gains(self.deviations), self._floor, self._most)
+        below = dict.fromkeys(("min_trained_layers", "semantic_budget", "semantic_rows"))
+        selection = "ist" if self.config.selection == "semantic+ist" else "all"
+        above = replace(self.config, selection=selection, **below)
+        if selection == "all":
+            above = replace(above, kept_layers="all")
+        self._above = ImportanceSampler(n_layers - self.boundary - 1, above)
+        self.counts = LayerCounts(n_layers, self._above.counts.trained, self._above.counts.kept)
+
+    def summary(self) -> dict:
+        """What was seen and chosen, for run.json."""
+        return {
+            "boundary": self.boundary,
+            "deviations": self.deviations,
+            "gains": layer_gains(self.deviations),
+        }
+
+    @property
+    def importance(self) -> Tensor:
+        """[N_L] as ImportanceSampler's; 0 below the boundary."""
+        return torch.cat([torch.zeros(self.boundary + 1, dtype=torch.float64), self._above.importance])
+
+    def due(self, step: int) -> bool:
+        return self._above.due(step)
+
+    def trained(self, step: int) -> list[int]:
+        return self._raised(self._above.trained(step))
+
+    def candidates(self, step: int) -> list[list[int]]:
+        frozen = list(range(self.boundary + 1))
+        return [frozen + self._raised(kept) for kept in self._above.candidates(step)]
+
+    def update(self, candidates: Sequence[Sequence[int]], losses: Sequence[float]) -> list[float]:
+        first = self.boundary + 1
+        return self._above.update([[i - first for i in kept if i >= first] for kept in candidates], losses)
+
+    def state_dict(self) -> dict:
+        return {"deviations": self.deviations, **(self._above.state_dict() if self._above else {})}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["deviations"] is not None:
+            self.see(state["deviations"])
+            self._above.load_state_dict(state)
+
+    def _raised(self, layers: Iterable[int]) -> list[int]:
+        return [self.boundary + 1 + i for i in layers]
