@@ -39,15 +39,16 @@ from ist.adapters.adalora import AdaLoraAllocation
 from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
 from ist.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
 from ist.distributed import (
+    GradientReducer,
+    StopAgreement,
     all_finite,
-    any_rank,
     full_tensor,
-    reduce_gradients,
     reduce_sum,
     require_launcher,
     require_topology,
 )
 from ist.layers import adapter_state
+from ist.loss import token_loss_sum
 from ist.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
 from ist.report import (
     METRICS,
@@ -63,7 +64,7 @@ from ist.report import (
 from ist.sampler import seeded_generator
 from ist.selection import make_rule
 from ist.suppression import measuring
-from ist.tuner import SparseTuner, token_loss_sum
+from ist.tuner import SparseTuner
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -282,6 +283,7 @@ def main(argv: Sequence[str]) -> int:
     if checkpoint:
         keep_global_batch(args, round_size, checkpoint[1]["configuration"]["global_batch_size"])
     batch_size = round_size * args.gradient_accumulation_steps
+    args.probe_max_length = ist_config.probe_tokens(batch_size, args.max_length)
     args.probe_batch_size = ist_config.probe_rows(batch_size)
     configuration = {**vars(args), "global_batch_size": batch_size}
     if require_free(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
@@ -358,10 +360,11 @@ def train(
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
         model, optimizer = accelerator.prepare(model, optimizer)
-    else:  # in evaluation mode Accelerate leaves out DistributedDataParallel: reduce_gradients stands in for it
+    else:  # in evaluation mode Accelerate leaves out DistributedDataParallel: GradientReducer stands in for it
         model = accelerator.prepare_model(model, evaluation_mode=True)
         optimizer = accelerator.prepare_optimizer(optimizer)
-    peft_model = accelerator.unwrap_model(model)
+    # Without Accelerate's own wrapper, which makes float32 of all logits: autocast stands in train's forwards instead.
+    peft_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if sharded and not all(isinstance(parameter, DTensor) for parameter in peft_model.parameters()):
         raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
     parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -374,23 +377,29 @@ def train(
     def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensor.to(device) for key, tensor in batch.items()}
 
-    def loss_over(dataset: Dataset, indices: Sequence[int]) -> Tensor:
+    def loss_over(dataset: Dataset, indices: Sequence[int], tokens: int | None = None) -> Tensor:
         """[2] float64: (sum of token losses, predicted tokens) over this rank's share of `indices`."""
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in micro_batches(dataset, indices, micro_size, rank, world_size, data.pad_token_id):
-            total[0] += token_loss_sum(model, on_device(batch))
+        for batch in micro_batches(dataset, indices, micro_size, rank, world_size, data.pad_token_id, tokens):
+            with accelerator.autocast():
+                total[0] += token_loss_sum(model, on_device(batch))
             total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
         return total
 
-    def calibration() -> Iterator[dict[str, Tensor]]:
-        indices = probe_rows(len(rows), ist_config.semantic_rows, seed, "calibration")
-        return map(on_device, micro_batches(rows, indices, micro_size, rank, world_size, data.pad_token_id))
+    def probe_indices(step: int | str) -> list[int]:
+        count = ist_config.semantic_rows if step == "calibration" else args.probe_batch_size
+        return probe_rows(len(rows), count, seed, step)
+
+    def probe_batches(step: int | str) -> Iterator[dict[str, Tensor]]:
+        tokens = None if step == "calibration" else args.probe_max_length
+        shares = micro_batches(rows, probe_indices(step), micro_size, rank, world_size, data.pad_token_id, tokens)
+        return map(on_device, shares)
 
     tuner = SparseTuner(
         peft_model,
         ist_config,
-        lambda step: loss_over(rows, probe_rows(len(rows), args.probe_batch_size, seed, step)),
-        calibration,
+        lambda step: loss_over(rows, probe_indices(step), args.probe_max_length),
+        probe_batches,
     )
 
     def whole_adapter() -> dict[str, Tensor]:
@@ -427,7 +436,8 @@ def train(
         # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
         with measuring(peft_model):
             loss_over(rows, [0])
-    semantic = tuner.prepare()
+    with accelerator.autocast():
+        semantic = tuner.prepare()
     if semantic:
         record.semantic(semantic, tuner.rule.counts)
 
@@ -512,10 +522,13 @@ def train(
     run_seconds = window_seconds = 0.0
     window_steps = window_tokens = 0
     saved = finished
-    while finished < max_steps and not any_rank(stop.signal is not None, device):
+    reducer = GradientReducer(() if sharded else parameters.values())
+    stop_agreed = StopAgreement()
+    while finished < max_steps and not stop_agreed(stop.signal is not None):
         start = time.perf_counter()
         step = finished
-        update = tuner.begin_step(step)
+        with accelerator.autocast():
+            update = tuner.begin_step(step)
         if update:
             elapsed = run_seconds + time.perf_counter() - start
             record.importance(update, tuner.trained_counts, tuner.probe_seconds / elapsed)
@@ -527,12 +540,15 @@ def train(
         batches = list(micro_batches(rows, indices, micro_size, rank, world_size, data.pad_token_id))
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
-            with accelerator.no_sync(model) if i < len(batches) - 1 else nullcontext():
-                micro_loss = token_loss_sum(model, on_device(batch)) / divisor
+            last = i == len(batches) - 1
+            if last and not sharded:
+                reducer.begin(tuner.trained_buckets())
+            with nullcontext() if last else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    micro_loss = token_loss_sum(model, on_device(batch)) / divisor
                 accelerator.backward(micro_loss * (world_size if sharded else 1))  # FSDP takes the mean over ranks
             loss += micro_loss.detach()
-        if not sharded:
-            reduce_gradients(tuner.trained_parameters())
+        reducer.finish()
         if allocation:
             allocation.add_regularization()
         grad_norm = accelerator.clip_grad_norm_(tuner.trained_parameters(), args.max_grad_norm or math.inf)
@@ -583,6 +599,7 @@ def train(
             save()
             saved = finished
     progress.close()
+    stop_agreed.close()
 
     facts = {"steps": finished, "trained_counts": tuner.trained_counts, "best": best}
     require_finite_adapter()

@@ -6,7 +6,7 @@ One process or several under DistributedDataParallel; train_ist.py has FSDP2 as 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,9 @@ from transformers.trainer_callback import ExportableState
 from ist.config import ISTConfig
 from ist.data import IGNORE, probe_rows
 from ist.layers import drop_input_grad_hooks
+from ist.loss import token_loss_sum
 from ist.report import IMPORTANCE, PICTURE, importance_values, keep_lines, plot_importance, read_lines
-from ist.tuner import SparseTuner, token_loss_sum
+from ist.tuner import SparseTuner
 
 
 class ISTCallback(TrainerCallback, ExportableState):
@@ -78,7 +79,7 @@ class ISTCallback(TrainerCallback, ExportableState):
             model,
             self.config,
             lambda step: _probe_loss(self.tuner, step, args, train_dataloader),
-            lambda: _calibration_batches(self.config, args, train_dataloader),
+            lambda step: _batches(step, self.config, args, train_dataloader),
         )
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not all(id(parameter) in trained for parameter in self.tuner.trained_parameters()):
@@ -164,24 +165,23 @@ def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module
         raise ValueError("the collator must give labels [B, T], as for language modelling: probes are measured by them")
 
 
-def _batches(indices: Sequence[int], args: TrainingArguments, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """This rank's share of the rows, collated as for training, on its device."""
+def _batches(
+    step: int | str, config: ISTConfig, args: TrainingArguments, loader: DataLoader
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's share of the probe rows of `step`, or those of "calibration", collated as for training."""
     size, rank, world_size = args.per_device_train_batch_size, args.process_index, args.world_size
+    count = config.probe_rows(size * args.gradient_accumulation_steps * world_size)
+    count = config.semantic_rows if step == "calibration" else count
+    indices = probe_rows(len(loader.dataset), count, config.seed, step)
     for start in range(rank * size, len(indices), size * world_size):
         batch = loader.collate_fn([loader.dataset[i] for i in indices[start : start + size]])
         yield {key: value.to(args.device) for key, value in batch.items() if isinstance(value, Tensor)}
 
 
-def _calibration_batches(config: ISTConfig, args: TrainingArguments, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    return _batches(probe_rows(len(loader.dataset), config.semantic_rows, config.seed, "calibration"), args, loader)
-
-
 def _probe_loss(tuner: SparseTuner, step: int, args: TrainingArguments, loader: DataLoader) -> Tensor:
     """[2] float64: (sum of token losses, predicted tokens) over this rank's share."""
     total = torch.zeros(2, dtype=torch.float64, device=args.device)
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    indices = probe_rows(len(loader.dataset), tuner.config.probe_rows(size), tuner.config.seed, step)
-    for batch in _batches(indices, args, loader):
+    for batch in _batches(step, tuner.config, args, loader):
         total[0] += token_loss_sum(tuner.model, batch)
         predicted = batch["labels"] if tuner.model.config.is_encoder_decoder else batch["labels"][:, 1:]
         total[1] += (predicted != IGNORE).sum()

@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ist.config import UsageError, brief, parse_arguments, require, run_command
+from ist.loss import IGNORE
 from ist.sampler import seeded_generator
-
-IGNORE = -100  # the label of a token that is not predicted, as in torch's cross_entropy
 
 _INTRO = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
@@ -306,16 +305,24 @@ def probe_rows(n_rows: int, count: int, seed: int, step: int | str) -> list[int]
 
 
 def micro_batches(
-    rows: Dataset, indices: Sequence[int], size: int, rank: int, world_size: int, pad_token_id: int
+    rows: Dataset,
+    indices: Sequence[int],
+    size: int,
+    rank: int,
+    world_size: int,
+    pad_token_id: int,
+    last_tokens: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's share of `indices` as padded batches of `size` rows: input_ids, attention_mask, labels, all [B, S].
 
-    Every rank gets the same number of batches (sharded forwards need it); where rows run out, a masked one stands.
+    Every rank gets the same number of batches (sharded forwards need it); where rows run out, a masked one stands. Of
+    each row `last_tokens` are taken: the answer stands at its end.
     """
+    last = slice(None if last_tokens is None else -last_tokens, None)
     for start in range(0, len(indices), size * world_size):
         share = indices[start + rank * size : start + (rank + 1) * size]
         batch = rows[list(share)] if share else {"input_ids": [[pad_token_id] * 2], "labels": [[IGNORE] * 2]}
-        yield collate(batch["input_ids"], batch["labels"], pad_token_id)
+        yield collate([ids[last] for ids in batch["input_ids"]], [ids[last] for ids in batch["labels"]], pad_token_id)
 
 
 def collate(input_ids: list[list[int]], labels: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:

@@ -96,28 +96,97 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value)
 
 
+class StopAgreement:
+    """Whether a flag was set on any rank at the call before: the same answer on every rank, without waiting for it.
+
+    The flag travels while the step is computed, between CPUs, so that no GPU has to finish its work for it.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if _active() else None
+        self._flag: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        if self._group is None:
+            return flag
+        agreed = self.close()
+        self._flag = torch.tensor(float(flag))
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def close(self) -> bool:
+        """Wait for the flag that is on its way; the answer."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag)
+
+
 def all_finite(parameters: Iterable[Tensor], device: torch.device) -> bool:
     """Whether no entry of the parameters, sharded or whole, is infinite or NaN on any rank."""
     shards = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
     return not any_rank(not all(shard.isfinite().all() for shard in shards), device)
 
 
-def reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Sum the gradients of replicated `parameters` over ranks, in one collective a dtype; none travels for the others.
+class GradientReducer:
+    """Sums gradients of replicated parameters over ranks, a layer at a time, while the backward of others goes on.
 
     DistributedDataParallel would send every adapter's bucket at each step, resting layers as zeros.
+
+        reducer.begin(buckets)   # before the backward of the last micro-batch
+        ...                      # backward
+        reducer.finish()         # now every gradient is the sum over ranks
+
+    Args:
+        parameters: all that may ever be in a bucket.
     """
-    if not _active():
-        return
-    for parameter in parameters:
-        if parameter.grad is None:  # an expert that no token of this rank went to
-            parameter.grad = torch.zeros_like(parameter)
-    for dtype in dict.fromkeys(parameter.grad.dtype for parameter in parameters):
-        gradients = [parameter.grad for parameter in parameters if parameter.grad.dtype == dtype]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._buckets: list[list[torch.nn.Parameter]] = []
+        self._missing: list[int] = []
+        self._bucket_of: dict[torch.nn.Parameter, int] = {}
+        self._sent: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        self._next = 0
+        if _active():
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self._ready)
+
+    def begin(self, buckets: Sequence[Sequence[torch.nn.Parameter]]) -> None:
+        """`buckets` in the order in which their gradients will be there, the same on every rank."""
+        if _active():
+            self._buckets = [list(bucket) for bucket in buckets if bucket]
+            self._missing = [len(bucket) for bucket in self._buckets]
+            self._bucket_of = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
+
+    def finish(self) -> None:
+        """Send what has not been sent, wait for all, put the sums in place."""
+        for bucket in self._buckets[self._next :]:
+            self._send(bucket)
+        for gradients, flat, work in self._sent:
+            work.wait()
+            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+                gradient.copy_(part.view_as(gradient))
+        self._buckets, self._bucket_of, self._sent, self._next = [], {}, [], 0
+
+    def _ready(self, parameter: torch.nn.Parameter) -> None:
+        if parameter not in self._bucket_of:  # not the last micro-batch, or not to be reduced
+            return
+        self._missing[self._bucket_of[parameter]] -= 1
+        # In their order, whatever is ready first: on another rank it may be another bucket.
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._send(self._buckets[self._next])
+            self._next += 1
+
+    def _send(self, bucket: list[torch.nn.Parameter]) -> None:
+        for parameter in bucket:
+            if parameter.grad is None:  # an expert that no token of this rank went to
+                parameter.grad = torch.zeros_like(parameter)
+        for dtype in dict.fromkeys(parameter.grad.dtype for parameter in bucket):
+            gradients = [parameter.grad for parameter in bucket if parameter.grad.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            self._sent.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
 )
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from ist.adapters import ParallelConfig, SeriesConfig
 from ist.config import UsageError, brief
@@ -221,6 +223,13 @@ def _auto_class(config: PretrainedConfig) -> type:
     return AutoModelForImageTextToText
 
 
+def _skeleton(args: Namespace, config: PretrainedConfig, **options) -> nn.Module:
+    """The model without weights: shapes and types on the meta device."""
+    options |= {"attn_implementation": args.attn_implementation, "trust_remote_code": args.trust_remote_code}
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, **options)
+
+
 def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedConfig, int]:
     """(layers that will carry adapters, model config, rows of the embedding), from a skeleton without weights.
 
@@ -232,21 +241,15 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
             that training by layers cannot serve (on a model that is `sharded`).
     """
     name = f"--model_name_or_path {args.model_name_or_path}"
-    options = {"trust_remote_code": args.trust_remote_code}
-
-    def skeleton(config: PretrainedConfig) -> nn.Module:
-        with torch.device("meta"):
-            return _auto_class(config).from_config(config, attn_implementation=args.attn_implementation, **options)
-
     try:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, **options)
+        config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         try:
-            model = skeleton(config)
+            model = _skeleton(args, config)
         except ValueError as error:
             if args.attn_implementation != "sdpa" or "does not support an attention implementation" not in str(error):
                 raise
             args.attn_implementation = "eager"  # Gemma 2, GPT-J, BLOOM have no other
-            model = skeleton(config)
+            model = _skeleton(args, config)
     except Exception as error:  # whatever transformers raises here, it is about the model that was named
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} comes with code of its own; --trust_remote_code true runs it.") from error
@@ -285,7 +288,7 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
         keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         like = LoraConfig(r=1, **{key: getattr(peft_config, key) for key in keys if hasattr(peft_config, key)})
         with _adapter_errors(args):
-            model = get_peft_model(skeleton(config), like, low_cpu_mem_usage=True)
+            model = get_peft_model(_skeleton(args, config), like, low_cpu_mem_usage=True)
     with _adapter_errors(args):
         layers = LayerMap(model, args.layer_stack)
         _require_fine(args, model)
@@ -351,20 +354,25 @@ def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> No
         )
 
 
+def _quantization(args: Namespace) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, computed in args.dtype, or in bfloat16 under mixed precision."""
+    dtype = torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # a float type: FSDP2 shards nothing else
+    )
+
+
 def load_model(args: Namespace, peft_config: PeftConfig | None, device: torch.device) -> nn.Module:
     """The model with its adapter, or with its own weights to train; in train mode, what trains in float32."""
+    options = {"dtype": args.dtype}
     if args.load_in_4bit:
-        dtype = torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,  # a float type: FSDP2 shards nothing else
-        )
+        quantization = _quantization(args)
+        dtype = quantization.bnb_4bit_compute_dtype
         options = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
-    else:
-        options = {"dtype": args.dtype}
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         base = _auto_class(config).from_pretrained(
@@ -377,11 +385,31 @@ def load_model(args: Namespace, peft_config: PeftConfig | None, device: torch.de
         raise UsageError(f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {brief(error)}") from error
     if any(parameter.dtype == torch.float16 for parameter in base.parameters()):
         raise UsageError("the model has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
+    set_seed(args.seed)
+    return _made_to_train(base, args, peft_config)
+
+
+def load_skeleton(args: Namespace, peft_config: PeftConfig | None, config: PretrainedConfig) -> nn.Module:
+    """What `load_model` gives, on the meta device. Its 4-bit weights have their unpacked shapes.
+
+    Raises:
+        UsageError: the method makes its adapters from the base weights, which are not there.
+    """
+    if args.load_in_4bit:
+        quantization = _quantization(args)
+        base = _skeleton(args, config, dtype=quantization.bnb_4bit_compute_dtype)
+        replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
+        base.is_loaded_in_4bit = True  # as transformers marks it for PEFT
+    else:
+        base = _skeleton(args, config, **({} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}))
+    return _made_to_train(base, args, peft_config, low_cpu_mem_usage=True)
+
+
+def _made_to_train(base: nn.Module, args: Namespace, peft_config: PeftConfig | None, **options) -> nn.Module:
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    set_seed(args.seed)
     with _adapter_errors(args):
-        model = base if peft_config is None else get_peft_model(base, peft_config)
+        model = base if peft_config is None else get_peft_model(base, peft_config, **options)
         if peft_config is None:
             free_base_weights(model, args)
         for name, parameter in model.named_parameters():

@@ -8,27 +8,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ist import distributed
+from ist import distributed, probe
 from ist.config import ISTConfig, UsageError
 from ist.layers import LayerMap
 from ist.selection import SemanticFreezing, make_rule
 from ist.selection.semantic import measure_deviations
-from ist.suppression import measuring, suppress
-
-
-def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the cross entropies of the predicted tokens of a batch, a float32 scalar.
-
-    Args:
-        batch: what the model takes, and labels [B, T] with -100 where nothing is predicted; on the model's device.
-    """
-    labels = batch["labels"]
-    if model.config.is_encoder_decoder:
-        logits = model(**batch, use_cache=False).logits
-    else:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits, labels = model(**inputs, use_cache=False).logits[:, :-1], labels[:, 1:]
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+from ist.suppression import measuring
 
 
 class SparseTuner:
@@ -47,9 +32,10 @@ class SparseTuner:
             rules that suppress nothing, any model whose layers' own weights train.
         config: the rule and its hyper-parameters.
         probe_loss: step -> [2] tensor, (sum of token losses, number of predicted tokens) over this rank's share of
-            the probe rows of that step, the same rows at every call. Called by ist and semantic+ist.
-        calibration: gives this rank's share of `config.semantic_rows` training rows, as batches on the model's
-            device, as many on each rank. Called by semantic and semantic+ist.
+            the probe rows of that step, the same rows at every call. Called by ist and semantic+ist, `probe` full.
+        batches: step -> this rank's share of the probe rows of that step; "calibration" -> of `config.semantic_rows`
+            training rows; as batches on the model's device, as many on each rank. Called with the other probes, and
+            by semantic and semantic+ist.
 
     Raises:
         UsageError: the rule's keys do not fit the model's layers, or it suppresses responses and there are none.
@@ -60,12 +46,12 @@ class SparseTuner:
         model: nn.Module,
         config: ISTConfig,
         probe_loss: Callable[[int], Tensor],
-        calibration: Callable[[], Iterable[dict[str, Tensor]]] | None = None,
+        batches: Callable[[int | str], Iterable[dict[str, Tensor]]] | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.probe_loss = probe_loss
-        self.calibration = calibration
+        self.batches = batches
         self.layers = LayerMap(model, config.layer_stack)
         self.rule = make_rule(self.layers.n_layers, config)
         if config.suppresses and not any(self.layers.modules):
@@ -93,7 +79,7 @@ class SparseTuner:
             return None
         if self.rule.boundary is None:
             with measuring(self.model):
-                self.rule.see(measure_deviations(self.model, self.layers.blocks, self.calibration()))
+                self.rule.see(measure_deviations(self.model, self.layers.blocks, self.batches("calibration")))
         return self.rule.summary()
 
     def begin_step(self, step: int) -> dict | None:
@@ -121,12 +107,13 @@ class SparseTuner:
         """The importance loop: one loss per candidate set, everything outside the set suppressed (Eq. 8-10)."""
         start = time.perf_counter()
         candidates = self.rule.candidates(step)
-        sums = []
         with measuring(self.model):
-            for kept in candidates:
-                with suppress(self.layers.tuners_outside(kept), self.config.suppression):
-                    sums.append(self.probe_loss(step).double())
-        loss_sum, tokens = distributed.reduce_sum(torch.stack(sums)).unbind(dim=1)
+            if self.config.probe == "full":
+                sums = probe.one_by_one(self.layers, candidates, self.config.suppression, lambda: self.probe_loss(step))
+            else:
+                measure = probe.stacked if self.config.probe == "cheap" else probe.estimated
+                sums = measure(self.model, self.layers, candidates, self.config.suppression, self.batches(step))
+        loss_sum, tokens = distributed.reduce_sum(sums).unbind(dim=1)
         losses = (loss_sum / tokens).tolist()
         rewards = self.rule.update(candidates, losses)
         seconds = time.perf_counter() - start
@@ -141,6 +128,11 @@ class SparseTuner:
             "rewards": rewards,
             "probe_seconds": seconds,
         }
+
+    def trained_buckets(self) -> list[list[nn.Parameter]]:
+        """The same by layer, in the order of the backward: the top layer first, what is in no layer last."""
+        outside = [parameter for parameter in self._all if id(parameter) in self._outside]
+        return [*(self.layers.parameters[i] for i in reversed(self.trained)), outside]
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that train at the present step, in the model's order: what to clip."""

@@ -25,6 +25,8 @@ ARMS = {
     "last": {"selection": "last", "trained_layers": 2},
     "semantic": {"selection": "semantic"},
     "semantic+ist": {"selection": "semantic+ist", "semantic_budget": 0.75, "min_trained_layers": 2},
+    "ist, cheap probe": {"selection": "ist", "probe": "cheap"},
+    "ist, gradient probe": {"selection": "ist", "probe": "gradient", "probe_batch_size": 3},
     "all, full": {"selection": "all", **FULL},
     "lisa, full": {"selection": "lisa", "lisa_interval": 4, **FULL},
     "random, full": {"selection": "random", **FULL},
@@ -34,7 +36,7 @@ RESUMED_ON_TWO_RANKS = ["lisa", "semantic+ist", "lisa, full"]
 
 
 def slug(name: str) -> str:
-    return name.replace(", ", "-")
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def train(work: Path, name: str, run: Path, rows: int, **overrides) -> Watch:

@@ -67,6 +67,11 @@ def test_one_process_ddp_and_fsdp2_select_and_train_the_same(work, topologies, n
         assert ours.keys() == theirs.keys()
         difference = sum((ours[key] - theirs[key]).pow(2).sum() for key in theirs).sqrt()
         assert difference < 1e-3 * sum(theirs[key].pow(2).sum() for key in theirs).sqrt()
+        updates = [read_lines(r / "importance.jsonl") for r in (run, one)]
+        for ours, theirs in zip(*updates, strict=True):
+            assert ours["candidates"] == theirs["candidates"]
+            assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
+        assert len(updates[0]) == (4 if "ist" in name.replace(",", "+").split("+") else 0)
         for key, value in json.loads((one / "run.json").read_text()).get("semantic", {}).items():
             assert json.loads((run / "run.json").read_text())["semantic"][key] == pytest.approx(value, abs=1e-6)
 
@@ -326,7 +331,7 @@ def test_the_boundary_is_the_planted_layer_in_ten_of_ten_seeds(adapted):
         batches = toy.batches(generator)
         model = get_peft_model(toy, LoraConfig(target_modules=["noise"])) if adapted else toy
         config = ISTConfig(selection="semantic", min_trained_layers=1)
-        tuner = SparseTuner(model, config, probe_loss=None, calibration=lambda batches=batches: batches)
+        tuner = SparseTuner(model, config, probe_loss=None, batches=lambda _, batches=batches: batches)
         tuner.begin_step(0)
         planted.append(m)
         found.append(tuner.rule.boundary)

@@ -23,9 +23,8 @@ from torch.nn.functional import cosine_similarity
 
 from ist import distributed
 from ist.config import ISTConfig, LayerCounts, UsageError
+from ist.loss import IGNORE
 from ist.sampler import ImportanceSampler
-
-IGNORE = -100
 
 
 class SemanticBases:

@@ -1,0 +1,77 @@
+"""The training loss: cross entropies summed over predicted tokens."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+
+IGNORE = -100  # the label of a token that is not predicted, as in torch's cross_entropy
+CHUNK = 2**24  # logits that are float32 at a time: 64 MiB
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies of [N, V] logits that are narrower than float32, computed in float32 chunk by chunk.
+
+    PyTorch's own wants float32 logits and keeps their log-softmax: 8 bytes an entry beside the logits, and 4 for
+    their gradient. Here the logits themselves are kept, with a [N] logsumexp.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        size = max(1, CHUNK // logits.shape[1])
+        logsumexp = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for part, wanted, out in zip(logits.split(size), labels.split(size), logsumexp.split(size), strict=True):
+            out.copy_(part.float().logsumexp(dim=1))
+            picked = part.gather(1, wanted.clamp_min(0)[:, None])[:, 0].float()
+            total += ((out - picked) * (wanted != IGNORE)).sum()
+        ctx.save_for_backward(logits, labels, logsumexp)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, labels, logsumexp = ctx.saved_tensors
+        size, result = max(1, CHUNK // logits.shape[1]), torch.empty_like(logits)
+        parts = (tensor.split(size) for tensor in (logits, labels, logsumexp, result))
+        for part, wanted, normal, out in zip(*parts, strict=True):
+            probability = (part.float() - normal[:, None]).exp_()
+            probability.scatter_add_(1, wanted.clamp_min(0)[:, None], torch.full_like(normal, -1)[:, None])
+            out.copy_(probability.mul_((gradient * (wanted != IGNORE))[:, None]))
+        return result, None
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of the cross entropies of [N, V] logits, a float32 scalar; labels [N], -100 where none counts."""
+    if logits.dtype.itemsize >= 4:
+        return cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+    return _ChunkedCrossEntropy.apply(logits, labels)
+
+
+def _logits_and_labels(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """([B, T, V] logits, [B, T] labels, -100 where nothing is predicted), position by position; T may be one less."""
+    labels = batch["labels"]
+    if model.config.is_encoder_decoder:
+        return model(**batch, use_cache=False).logits, labels
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    if logits.dtype.itemsize >= 4:
+        return logits[:, :-1], labels[:, 1:]
+    # Not logits[:, :-1], which could not be flattened without a copy.
+    return logits, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of the cross entropies of the predicted tokens of a batch, a float32 scalar.
+
+    Args:
+        batch: what the model takes, and labels [B, T] with -100 where nothing is predicted; on the model's device.
+    """
+    logits, labels = _logits_and_labels(model, batch)
+    return cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+
+
+def row_loss_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The same for each row of the batch: [B] float32."""
+    logits, labels = _logits_and_labels(model, batch)
+    return torch.stack([cross_entropy_sum(*row) for row in zip(logits, labels, strict=True)])

@@ -1,0 +1,143 @@
+"""Cheaper probes beside the paper's: stacked candidates, and the derivative by each layer's response."""
+
+import pytest
+import torch
+from conftest import read_lines, tiny_config
+from peft import LilyConfig, LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from ist import probe
+from ist.adapters import SeriesConfig
+from ist.config import ISTConfig
+from ist.layers import LayerMap
+from ist.loss import token_loss_sum
+from ist.suppression import measuring, suppress
+
+CANDIDATES = [[0, 2], [1, 2, 4], [3, 4]]
+CONFIGS = {
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False),
+    "series": SeriesConfig(bottleneck_size=8, target_modules=["up_proj"]),
+    "lily": LilyConfig(r=4, num_B=2, stride_A=1, target_modules=["q_proj", "down_proj"]),
+}
+
+
+def adapted(name: str, n_layers: int = 5):
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(tiny_config(n_layers)), CONFIGS[name]).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # every response is felt
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model, LayerMap(model)
+
+
+def some_batches(n=3):
+    generator = torch.Generator().manual_seed(1)
+    for width in range(7, 7 + n):
+        ids = torch.randint(3, 400, (3, width), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, 4:] = 0  # a short row
+        labels = ids.masked_fill((mask == 0) | (torch.rand(ids.shape, generator=generator) < 0.2), -100)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def exact(model, layers, candidates, beta):
+    def loss():
+        batches = list(some_batches())
+        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        return torch.stack([sum(token_loss_sum(model, batch) for batch in batches), tokens])
+
+    with measuring(model):
+        return probe.one_by_one(layers, candidates, beta, loss)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stacked_candidates_have_the_losses_of_one_by_one(name):
+    model, layers = adapted(name)
+    expected = exact(model, layers, CANDIDATES, 0.25)
+    assert (expected[:, 0] - expected[0, 0])[1:].abs().min() > 0.01  # the candidates differ
+    with measuring(model):
+        sums = probe.stacked(model, layers, CANDIDATES, 0.25, some_batches())
+    torch.testing.assert_close(sums, expected, rtol=2e-6, atol=0)
+
+
+def test_stacked_is_one_forward_a_batch():
+    model, layers = adapted("lora")
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    with measuring(model):
+        probe.stacked(model, layers, CANDIDATES, 0.25, some_batches())
+    assert seen == [9, 9, 9]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["lora", "series"])
+def test_derivatives_by_the_responses_beside_differences(name, checkpointing):
+    model, layers = adapted(name)
+    model, h = model.double(), 0.02  # no smaller: Llama's norms are float32 in any model
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+
+    def loss(i: int, g: float) -> torch.Tensor:
+        with suppress(layers.modules[i], g):
+            return sum(token_loss_sum(model, batch) for batch in some_batches())
+
+    with measuring(model):
+        _, derivatives, tokens = probe.gate_derivatives(model, layers, some_batches())
+        steps = {-2: 1, -1: -8, 1: 8, 2: -1}  # of fourth order
+        differences = [sum(w * loss(i, 1 + n * h) for n, w in steps.items()) / (12 * h) for i in range(5)]
+    torch.testing.assert_close(derivatives, torch.stack(differences).double(), rtol=2e-3, atol=2e-3)
+    assert derivatives.abs().min() > 0.01
+    assert tokens == sum((batch["labels"][:, 1:] != -100).sum() for batch in some_batches())
+    assert all(p.grad is None and p.requires_grad == before[n][1] for n, p in model.named_parameters())
+    assert all(torch.equal(p, before[n][0]) for n, p in model.named_parameters())
+
+
+def test_the_estimate_is_exact_to_first_order():
+    model, layers = adapted("lora")
+    model = model.double()
+    errors = []
+    for distance in (1e-2, 1e-3):
+        expected = exact(model, layers, CANDIDATES, 1 - distance)
+        with measuring(model):
+            sums = probe.estimated(model, layers, CANDIDATES, 1 - distance, some_batches())
+        assert torch.equal(sums[:, 1], expected[:, 1])
+        errors.append((sums - expected)[:, 0].abs().max().item())
+    assert errors[0] < 0.05
+    assert errors[1] < errors[0] / 50  # quadratic: a tenth of the step, a hundredth of the error
+
+
+def test_an_exception_leaves_nothing_frozen():
+    model, layers = adapted("lora")
+    trains = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ZeroDivisionError), measuring(model):
+        probe.gate_derivatives(model, layers, (1 / 0 for _ in range(1)))
+    assert [p.requires_grad for p in model.parameters()] == trains
+    assert not any(m._forward_hooks or m._forward_pre_hooks for modules in layers.modules for m in modules)
+
+
+def test_rows_and_tokens_of_a_cheap_probe():
+    assert ISTConfig().probe_rows(16) == 16
+    assert ISTConfig(probe="cheap").probe_rows(16) == 2
+    assert ISTConfig(probe="cheap").probe_rows(3) == 1
+    assert ISTConfig(probe="gradient", probe_batch_size=5).probe_rows(16) == 5
+    assert ISTConfig(probe="cheap").probe_tokens(16, 256) is None
+    assert ISTConfig(probe="cheap").probe_tokens(2, 256) == 64
+    assert ISTConfig(probe="cheap", probe_batch_size=2).probe_tokens(2, 256) is None
+    assert ISTConfig(probe_max_length=7).probe_tokens(2, 256) == 7
+
+
+def test_a_cheap_probe_takes_the_ends_of_its_rows(train, tmp_path, monkeypatch):
+    widths = []
+    stacked = probe.stacked
+
+    def watched(model, layers, candidates, beta, batches):
+        batches = list(batches)
+        widths.extend(batch["input_ids"].shape for batch in batches)
+        assert all((batch["labels"][:, -1] != -100).all() for batch in batches)
+        return stacked(model, layers, candidates, beta, batches)
+
+    monkeypatch.setattr(probe, "stacked", watched)
+    assert train(probe="cheap", max_length=64, max_steps=9) == 0
+    assert widths == [(1, 32), (1, 32)]  # of 4 rows one, and of that the last 64 * 4 / 8
+    assert len(read_lines(tmp_path / "run/importance.jsonl")) == 2
