@@ -50,6 +50,7 @@ from ist.distributed import (
 from ist.layers import adapter_state
 from ist.loss import token_loss_sum
 from ist.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
+from ist.optimizer import RestingState
 from ist.report import (
     METRICS,
     RunRecord,
@@ -155,11 +156,18 @@ class TrainArguments:
     warmup_steps: float = option(100, "Steps of linear warm-up; below 1, a share of all steps.")
     num_train_epochs: float = option(3.0, "Passes over the rows.")
     max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.")
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = option("adamw_torch", "8-bit: bitsandbytes'.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = option(
+        "adamw_torch", "8-bit: bitsandbytes'."
+    )
+    optimizer_state: Literal["keep", "drop", "offload"] = option(
+        "keep", "Moments of resting layers: drop starts from zero when a layer is drawn again, offload is to the CPU."
+    )
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
     bf16: bool = option(False, "Mixed precision: autocast to bfloat16.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward (non-reentrant).")
+    torch_compile: bool = option(False, "Compile each layer (not the whole model: its graph changes with the draw).")
+    torch_compile_backend: str = option("inductor", "Of torch.compile.")
 
     def __post_init__(self) -> None:
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -168,6 +176,19 @@ class TrainArguments:
             require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
             require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
+        if self.optimizer_state == "offload" and self.optim.endswith("8bit"):
+            raise UsageError(
+                f"--optimizer_state offload cannot move the state of --optim {self.optim}: choose drop, or adamw_torch."
+            )
+        if self.torch_compile:
+            backends = torch._dynamo.list_backends(exclude_tags=())
+            known = self.torch_compile_backend in backends
+            require(known, "torch_compile_backend", "one of " + ", ".join(backends), self.torch_compile_backend)
+            if self.gradient_checkpointing:
+                raise UsageError(
+                    "--torch_compile true cannot be had with --gradient_checkpointing true: the recomputation inside a "
+                    "compiled layer draws random numbers, which the compiler refuses. Leave one out."
+                )
         if self.lr_scheduler_type == "polynomial":
             require(self.learning_rate > 1e-7, "learning_rate", "above 1e-7, where polynomial ends", self.learning_rate)
         require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
@@ -401,6 +422,11 @@ def train(
         lambda step: loss_over(rows, probe_indices(step), args.probe_max_length),
         probe_batches,
     )
+    resting_state = RestingState(optimizer.optimizer, tuner.layers, args.optimizer_state)
+    if args.torch_compile:
+        for block in tuner.layers.blocks:
+            # Dynamic: rows differ in length, and each new length would be another graph.
+            block.compile(backend=args.torch_compile_backend, dynamic=True)
 
     def whole_adapter() -> dict[str, Tensor]:
         """All that makes up the adapter, what trains and what does not, by name; without one, what trains."""
@@ -497,6 +523,7 @@ def train(
     def save() -> None:
         settle()
         require_finite_adapter()
+        resting_state.restore()
         state = {
             "configuration": record.summary["configuration"],
             "scheduler": scheduler.state_dict(),
@@ -529,6 +556,7 @@ def train(
         step = finished
         with accelerator.autocast():
             update = tuner.begin_step(step)
+        resting_state.switch(tuner.trained)
         if update:
             elapsed = run_seconds + time.perf_counter() - start
             record.importance(update, tuner.trained_counts, tuner.probe_seconds / elapsed)

@@ -46,7 +46,7 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
     if kind == DistributedType.FSDP:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             raise UsageError("fsdp_offload_params is not supported: set it to false, or use --load_in_4bit true.")
-        if optim != "adamw_torch":
+        if optim not in ("adamw_torch", "adamw_torch_fused"):
             raise UsageError(
                 f"--optim {optim} cannot update sharded parameters: use adamw_torch, or launch with "
                 "accelerate_configs/ddp.yaml."
@@ -126,7 +126,7 @@ class StopAgreement:
 
 def all_finite(parameters: Iterable[Tensor], device: torch.device) -> bool:
     """Whether no entry of the parameters, sharded or whole, is infinite or NaN on any rank."""
-    shards = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+    shards = map(local_tensor, parameters)
     return not any_rank(not all(shard.isfinite().all() for shard in shards), device)
 
 
@@ -192,6 +192,19 @@ class GradientReducer:
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded (DTensor) tensor gathered whole on every rank; any other tensor as it is. All ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def with_local(local: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor sharded as `tensor` is, of which `local` is this rank's shard."""
+    if isinstance(tensor, DTensor):
+        layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+        return DTensor.from_local(local, tensor.device_mesh, tensor.placements, **layout)
+    return local
 
 
 def like(whole: Tensor, tensor: Tensor) -> Tensor:

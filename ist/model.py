@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -424,6 +425,7 @@ def _made_to_train(base: nn.Module, args: Namespace, peft_config: PeftConfig | N
 def make_optimizer(args: Namespace, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     kinds = {
         "adamw_torch": torch.optim.AdamW,
+        "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }

@@ -4,7 +4,7 @@ Nothing of PEFT is written, so an exception cannot leave a model changed; outsid
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -106,8 +106,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
     quiet = [module for module in quiet if module.training]
     for module in quiet:
         module.training = False
+    # A compiled module would ignore the hooks that suppress responses, without a word.
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         for module in quiet:
