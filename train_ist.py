@@ -100,6 +100,7 @@ class DataArguments:
         "alpaca", "llm_adapters: the paper's, to the byte; chat: the tokenizer's; none: instruction + input + output."
     )
     completion_only_loss: bool = option(False, "Loss on the answer (all assistant turns) only.")
+    packing: bool = option(False, "Rows of a micro-batch end to end instead of padded, each attending to itself alone.")
 
     def __post_init__(self) -> None:
         if (self.train_file is None) == (self.dataset_name is None):
@@ -398,12 +399,21 @@ def train(
     def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensor.to(device) for key, tensor in batch.items()}
 
-    def loss_over(dataset: Dataset, indices: Sequence[int], tokens: int | None = None) -> Tensor:
+    def batches_of(
+        dataset: Dataset, indices: Sequence[int], tokens: int | None = None, packing: bool = args.packing
+    ) -> Iterator[dict[str, Tensor]]:
+        """This rank's share of `indices`, in micro-batches on its device; of each row the last `tokens`."""
+        return map(
+            on_device,
+            micro_batches(dataset, indices, micro_size, rank, world_size, data.pad_token_id, tokens, packing),
+        )
+
+    def loss_over(dataset: Dataset, indices: Sequence[int], *options) -> Tensor:
         """[2] float64: (sum of token losses, predicted tokens) over this rank's share of `indices`."""
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in micro_batches(dataset, indices, micro_size, rank, world_size, data.pad_token_id, tokens):
+        for batch in batches_of(dataset, indices, *options):
             with accelerator.autocast():
-                total[0] += token_loss_sum(model, on_device(batch))
+                total[0] += token_loss_sum(model, batch)
             total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
         return total
 
@@ -412,9 +422,7 @@ def train(
         return probe_rows(len(rows), count, seed, step)
 
     def probe_batches(step: int | str) -> Iterator[dict[str, Tensor]]:
-        tokens = None if step == "calibration" else args.probe_max_length
-        shares = micro_batches(rows, probe_indices(step), micro_size, rank, world_size, data.pad_token_id, tokens)
-        return map(on_device, shares)
+        return batches_of(rows, probe_indices(step), None if step == "calibration" else args.probe_max_length)
 
     tuner = SparseTuner(
         peft_model,
@@ -462,6 +470,15 @@ def train(
         # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
         with measuring(peft_model):
             loss_over(rows, [0])
+    if args.packing:
+        with measuring(peft_model):
+            some = range(min(len(rows), batch_size))
+            packed, apart = (reduce_sum(loss_over(rows, some, None, packing)) for packing in (True, False))
+        if not torch.allclose(packed, apart, rtol=2e-2 if args.bf16 or args.dtype == "bfloat16" else 1e-4):
+            raise UsageError(
+                f"--packing true gives this model another loss ({packed[0] / packed[1]:.5f}, rows apart "
+                f"{apart[0] / apart[1]:.5f}): its attention, or its state, goes across rows. Leave it out."
+            )
     with accelerator.autocast():
         semantic = tuner.prepare()
     if semantic:
@@ -480,13 +497,15 @@ def train(
         accelerator.print(f"using {torch.get_num_threads()} of {os.cpu_count()} CPU cores; OMP_NUM_THREADS sets it")
     if semantic:
         accelerator.print(
-            f"Layers 0 to {semantic['boundary']} are frozen for good: the boundary's gain is "
-            f"{semantic['gains'][semantic['boundary']]:.3f}, the gains are {min(semantic['gains']):.3f} to "
-            f"{max(semantic['gains']):.3f}"
+            f"Layers up to {semantic['boundary']} are frozen for good; gains are {min(semantic['gains']):.3f} to "
+            f"{max(semantic['gains']):.3f}, that of the boundary "
+            + (f"{semantic['gains'][semantic['boundary']]:.3f}" if semantic["boundary"] >= 0 else "none: no layer is")
         )
     if tuner.layers.outside:
         names = ", ".join(tuner.layers.outside[:5]) + (", …" if len(tuner.layers.outside) > 5 else "")
         accelerator.print(f"In no layer, or shared by several, so trained at every step: {names}")
+        if args.selection in ("last", "semantic", "semantic+ist"):
+            accelerator.print("What these need of the layers below the trained ones is kept for the backward as well.")
     if warmup >= max_steps:
         accelerator.print(f"All {max_steps} steps are within the warm-up of {warmup}; --warmup_steps sets it.")
 
@@ -500,7 +519,7 @@ def train(
 
     def require_finite_adapter() -> None:
         if not all_finite(parameters.values(), device):
-            raise FloatingPointError(f"the adapter is not finite after step {finished}; {last_good_checkpoint()}")
+            raise FloatingPointError(f"a trained weight is not finite after step {finished}; {last_good_checkpoint()}")
 
     def validate() -> float:
         with measuring(peft_model):
@@ -565,7 +584,7 @@ def train(
         # Every rank knows the whole global batch, so it can divide by the batch's predicted tokens without asking.
         indices = stream.rows(step)
         divisor = sum(predicted[i] for i in indices)
-        batches = list(micro_batches(rows, indices, micro_size, rank, world_size, data.pad_token_id))
+        batches = list(batches_of(rows, indices))
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -573,7 +592,7 @@ def train(
                 reducer.begin(tuner.trained_buckets())
             with nullcontext() if last else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    micro_loss = token_loss_sum(model, on_device(batch)) / divisor
+                    micro_loss = token_loss_sum(model, batch) / divisor
                 accelerator.backward(micro_loss * (world_size if sharded else 1))  # FSDP takes the mean over ranks
             loss += micro_loss.detach()
         reducer.finish()

@@ -147,6 +147,11 @@ def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module
         raise ValueError(f"ISTCallback runs on one process or under DDP, not under {kind.value}: use train_ist.py")
     if args.world_size > 1 and args.ddp_find_unused_parameters is False:
         raise ValueError("ddp_find_unused_parameters must be true (the default with PEFT): layers that rest are unused")
+    checkpointed = args.gradient_checkpointing and not hasattr(model, "peft_config")
+    if args.world_size > 1 and args.ddp_find_unused_parameters is None and checkpointed:
+        raise ValueError(
+            "pass ddp_find_unused_parameters=True: with checkpointing and without PEFT, Trainer sets it false"
+        )
     if args.n_gpu > 1:
         raise ValueError("DataParallel (one process, several GPUs) is not served: use accelerate launch, or one GPU")
     if any(isinstance(config, AdaLoraConfig) for config in getattr(model, "peft_config", {}).values()):
@@ -158,7 +163,7 @@ def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module
         raise ValueError('activation_checkpointing_kwargs must be {"use_reentrant": False}, the default')
     if not hasattr(train_dataloader.dataset, "__getitem__") or not hasattr(train_dataloader.dataset, "__len__"):
         raise ValueError("train_dataset must have a length and rows by number: probes are drawn from it")
-    if config.selection.startswith("semantic") and model.config.is_encoder_decoder:
+    if config.calibrates and model.config.is_encoder_decoder:
         raise ValueError("semantic rules compare hidden states with next tokens: not served in an encoder-decoder")
     labels = train_dataloader.collate_fn([train_dataloader.dataset[0]]).get("labels")
     if labels is None or labels.dim() != 2:

@@ -239,8 +239,8 @@ ADAPTER_LOADING = """{registration}from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")"""
 
-MODEL_LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
+MODEL_LOADING = """from transformers import AutoTokenizer, {name}
+model, tokenizer = {name}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
 
 
 def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, summary: dict, write: bool) -> Path:
@@ -264,22 +264,23 @@ def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, 
 def save_model(model: PreTrainedModel, args: Namespace, summary: dict, write: bool) -> Path:
     """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
 
-    Where weights of another type trained in float32, all are written in float32: what was validated is what is saved.
+    In float32, as weights train: what was validated is what is saved.
     """
     final, temporary = Path(args.output_dir) / "model", Path(args.output_dir) / ".saving-model"
     whole = _gathered(model.state_dict(keep_vars=True), write)
     if not write:
         return final
-    if any(tensor.dtype == torch.float32 for tensor in whole.values()):
-        wide = {id(tensor): tensor.float() if tensor.is_floating_point() else tensor for tensor in whole.values()}
-        whole = {name: wide[id(tensor)] for name, tensor in whole.items()}
+    wide = {id(tensor): tensor.float() if tensor.is_floating_point() else tensor for tensor in whole.values()}
+    whole = {name: wide[id(tensor)] for name, tensor in whole.items()}
     model.save_pretrained(temporary, state_dict=whole)
     config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
-    config.dtype = next(tensor.dtype for tensor in whole.values() if tensor.is_floating_point())
+    config.dtype = torch.float32
     config.save_pretrained(temporary)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     tokenizer.save_pretrained(temporary)
-    loading = MODEL_LOADING.format(folder=final)
+    # FSDP2 makes a class of its own of each that it shards, FSDP<Name>, derived from it.
+    name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
+    loading = MODEL_LOADING.format(name=name, folder=final)
     _write_card(temporary, args, summary, "transformers\ntags: [ist]", "Fine-tuned from", loading)
     publish(temporary, final)
     return final

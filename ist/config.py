@@ -80,6 +80,7 @@ def _resolve_layer_count(key: str, value: int | float | str, n_layers: int, floo
 
 # A cheap probe has the rows of a full one by this: 3 candidates each 10 steps are then some 2 % of the time.
 CHEAP = 8
+SUPPRESSING = ("ist", "semantic+ist")
 # The keys that belong to one rule: {key: (rule, its default)}. `semantic+ist` has those of semantic.
 RULE_KEYS = {
     "lisa_interval": ("lisa", 20),
@@ -107,8 +108,9 @@ class ISTConfig:
         default="ist",
         metadata={
             "help": "ist learns layer importance; random draws N_u layers at each step, lisa every lisa_interval "
-            "steps; all is plain PEFT; fixed, first and last always train the same; semantic freezes the layers below "
-            "a boundary that it finds before training, semantic+ist draws by importance among those above it."
+            "steps; all is plain PEFT, or full fine-tuning; fixed, first and last always train the same; semantic "
+            "trains the layers above a boundary that it finds before training, semantic+ist draws by importance among "
+            "those."
         },
     )
     trained_layers: str = field(
@@ -150,20 +152,23 @@ class ISTConfig:
         },
     )
     lisa_interval: int | None = field(
-        default=None, metadata={"help": "lisa: K, steps for which drawn layers stay; default 20."}
+        default=None, metadata={"help": "lisa: K, the steps that drawn layers stay for; 20 if not given."}
     )
     fixed_layers: list[str] | None = field(
-        default=None, metadata={"help": "fixed: the layers to train, from 0; default N_u layers at equal distances."}
+        default=None, metadata={"help": "fixed: the layers to train, from 0; N_u at equal distances if not given."}
     )
     min_trained_layers: str | None = field(
-        default=None, metadata={"help": "semantic: layers above the boundary at the least; default 0.25 of all."}
+        default=None,
+        metadata={"help": "semantic rules: layers above the boundary at the least; 0.25 of all if not given."},
     )
     semantic_budget: float | None = field(
         default=None,
-        metadata={"help": "semantic: share of the layers that the backward may go through; default: no limit."},
+        metadata={
+            "help": "semantic rules: share of the layers that the backward may go through; no limit if not given."
+        },
     )
     semantic_rows: int | None = field(
-        default=None, metadata={"help": "semantic: training rows of the pass before training; default 64."}
+        default=None, metadata={"help": "semantic rules: training rows of the pass before training; 64 if not given."}
     )
     layer_stack: Literal["decoder", "encoder", "both"] = field(
         default="decoder",
@@ -193,13 +198,15 @@ class ISTConfig:
         for key, (rule, default) in RULE_KEYS.items():
             if self.selection not in (rule, f"{rule}+ist"):
                 value = getattr(self, key)
-                require(value is None, key, f"left out with --selection {self.selection}: it is for {rule}", value)
+                where = f"{rule} and {rule}+ist" if rule == "semantic" else rule
+                require(value is None, key, f"left out with --selection {self.selection}: it is for {where}", value)
             elif getattr(self, key) is None:
                 setattr(self, key, default)
         if self.fixed_layers is not None:
-            parts = [part for item in self.fixed_layers for part in str(item).split(",") if part]
-            whole = bool(parts) and all(part.isdigit() for part in parts)
-            require(whole, "fixed_layers", "layer numbers, from 0", " ".join(map(str, self.fixed_layers)))
+            given = self.fixed_layers if isinstance(self.fixed_layers, (list, tuple)) else [self.fixed_layers]
+            parts = [part for item in given for part in str(item).split(",") if part]
+            whole = bool(parts) and all(part.isdecimal() for part in parts)
+            require(whole, "fixed_layers", "layer numbers, from 0", " ".join(map(str, given)))
             self.fixed_layers = sorted({int(part) for part in parts})
         if self.min_trained_layers is not None:
             self.min_trained_layers = _parse_layer_count("min_trained_layers", self.min_trained_layers)
@@ -209,14 +216,19 @@ class ISTConfig:
             require(0 < self.semantic_budget < 1, "semantic_budget", "in (0, 1)", self.semantic_budget)
         if self.semantic_rows is not None:
             require(self.semantic_rows >= 1, "semantic_rows", "1 or more", self.semantic_rows)
-        if self.selection.startswith("semantic"):
+        if self.calibrates:
             allowed = "decoder: semantic compares hidden states with the tokens that a decoder predicts"
             require(self.layer_stack == "decoder", "layer_stack", allowed, self.layer_stack)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the rule wants a pass over training rows before the first step."""
+        return self.selection.startswith("semantic")
+
+    @property
     def suppresses(self) -> bool:
         """Whether the rule learns from losses with suppressed responses."""
-        return self.selection in ("ist", "semantic+ist")
+        return self.selection in SUPPRESSING
 
     def probe_rows(self, batch_size: int) -> int:
         """Rows behind a candidate's loss, for a global batch of `batch_size`."""

@@ -312,17 +312,32 @@ def micro_batches(
     world_size: int,
     pad_token_id: int,
     last_tokens: int | None = None,
+    packing: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's share of `indices` as padded batches of `size` rows: input_ids, attention_mask, labels, all [B, S].
 
     Every rank gets the same number of batches (sharded forwards need it); where rows run out, a masked one stands. Of
-    each row `last_tokens` are taken: the answer stands at its end.
+    each row `last_tokens` are taken: the answer stands at its end. With `packing`, see `pack`.
     """
     last = slice(None if last_tokens is None else -last_tokens, None)
     for start in range(0, len(indices), size * world_size):
         share = indices[start + rank * size : start + (rank + 1) * size]
         batch = rows[list(share)] if share else {"input_ids": [[pad_token_id] * 2], "labels": [[IGNORE] * 2]}
-        yield collate([ids[last] for ids in batch["input_ids"]], [ids[last] for ids in batch["labels"]], pad_token_id)
+        input_ids, labels = ([ids[last] for ids in batch[key]] for key in ("input_ids", "labels"))
+        yield pack(input_ids, labels) if packing else collate(input_ids, labels, pad_token_id)
+
+
+def pack(input_ids: list[list[int]], labels: list[list[int]]) -> dict[str, Tensor]:
+    """Rows end to end in one, without padding: input_ids, position_ids, labels, int64 [1, S].
+
+    Positions begin anew with each row; transformers makes block-diagonal attention of that where there is no
+    attention_mask. No row predicts the first token of the next.
+    """
+    return {
+        "input_ids": torch.tensor([[token for ids in input_ids for token in ids]]),
+        "position_ids": torch.tensor([[position for ids in input_ids for position in range(len(ids))]]),
+        "labels": torch.tensor([[label for ids in labels for label in (IGNORE, *ids[1:])]]),
+    }
 
 
 def collate(input_ids: list[list[int]], labels: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:

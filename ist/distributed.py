@@ -1,7 +1,7 @@
 """Everything that ranks must agree on. With one process each function is the identity, so there is one code path."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -212,3 +212,41 @@ def like(whole: Tensor, tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
     return whole.to(tensor.device)
+
+
+class Traffic:
+    """Counts what this rank's collectives carry, while it is entered: for benchmarks and tests.
+
+    Attributes:
+        steps: one {collective: [calls, bytes]} for each step that its user has appended; the last one counts.
+    """
+
+    COLLECTIVES = (
+        *("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single", "all_gather_into_tensor"),
+        *("all_gather_single", "all_gather_object", "broadcast"),
+    )
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, list[int]]] = []
+        self._originals: dict[str, Callable] = {}
+
+    def _counted(self, name: str, original: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if self.steps:
+                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                entry = self.steps[-1].setdefault(name, [0, 0])
+                entry[0] += 1
+                entry[1] += max((tensor.nbytes for tensor in tensors), default=0)  # the whole, not a rank's shard
+            return original(*args, **kwargs)
+
+        return call
+
+    def __enter__(self) -> "Traffic":
+        self._originals = {name: getattr(dist, name) for name in self.COLLECTIVES if hasattr(dist, name)}
+        for name, original in self._originals.items():
+            setattr(dist, name, self._counted(name, original))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)

@@ -98,6 +98,8 @@ class LayerMap:
     Attributes:
         names: [N_L] module path of each layer, e.g. "base_model.model.model.layers.0".
         blocks: [N_L] the layers themselves.
+        all_blocks: [L] the lists that they were chosen from, whole: with layers that carry no adapter.
+        positions: [N_L] where in all_blocks each layer stands.
         modules: [N_L] lists of the layer's tuner modules (outermost ones); empty without PEFT.
         parameters: [N_L] lists of the layer's trainable parameters, as they were when the map was built.
         outside: names of the trainable parameters of no layer: on the embeddings or the head, or shared.
@@ -121,6 +123,10 @@ class LayerMap:
         if plain:
             names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
             tuners = {layer: [] for name in names if (layer := _enclosing_layer(model, name)) is not None}
+            # Some decoders have other lists beside their layers (Gemma 3n, XLM): the config tells how many layers are.
+            depth = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+            deep = [key for key in tuners if len(model.get_submodule(key[0])) == getattr(depth, "num_hidden_layers", 0)]
+            tuners = {key: [] for key in deep} if deep and stack == "decoder" else tuners
         lists = {path for path, _ in tuners}
         if not lists:
             raise UsageError(
@@ -132,6 +138,9 @@ class LayerMap:
         keys = sorted((key for key in tuners if key[0] in chosen), key=lambda key: (chosen.index(key[0]), key[1]))
         self.names = [f"{path}.{position}" for path, position in keys]
         self.blocks = [model.get_submodule(name) for name in self.names]
+        self.all_blocks = [block for path in chosen for block in model.get_submodule(path)]
+        order = {id(block): i for i, block in enumerate(self.all_blocks)}
+        self.positions = [order[id(block)] for block in self.blocks]
         self.modules = [tuners[key] for key in keys]
         self.parameters: list[list[nn.Parameter]] = [[] for _ in keys]
         self.outside: list[str] = []
@@ -152,7 +161,7 @@ class LayerMap:
                 if len(layers) > 1:
                     self.shared.append(first_name[parameter])
         if not all(self.parameters) and not self.shared:
-            raise UsageError("some layers' adapters are frozen: let all train before layers are chosen.")
+            raise UsageError("some layers are frozen: let all of them train before layers are chosen.")
         if not all(self.parameters):
             raise UsageError(
                 "the adapter's trainable parameters are shared between layers and some layer has none of its own, so "

@@ -32,7 +32,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from ist.adapters import ParallelConfig, SeriesConfig
-from ist.config import UsageError, brief
+from ist.config import SUPPRESSING, UsageError, brief
 from ist.data import Data
 from ist.layers import (
     ATTENTION,
@@ -42,6 +42,7 @@ from ist.layers import (
     outside_decoder,
     text_decoder,
 )
+from ist.selection.semantic import require_comparable
 
 NO_LAYER_RESPONSE = {
     PeftType.ADAPTION_PROMPT: "it adds prompts inside attention",
@@ -166,7 +167,7 @@ def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig | 
     return config_class(**options, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM")
 
 
-def free_base_weights(model: nn.Module, args: Namespace) -> None:
+def free_base_weights(model: nn.Module, args: Namespace) -> LayerMap:
     """peft_method none: let the text decoder's layers train; what is in no layer (embeddings, head) too where all do.
 
     LISA's description has embeddings and head trained at every step. For the other rules the layers are the choice,
@@ -180,9 +181,12 @@ def free_base_weights(model: nn.Module, args: Namespace) -> None:
     trains = {id(parameter) for module in text for parameter in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trains)
-    if args.selection not in ("all", "lisa"):
-        for name in LayerMap(model, args.layer_stack).outside:
-            model.get_parameter(name).requires_grad_(False)
+    layers = LayerMap(model, args.layer_stack)
+    if args.selection in ("all", "lisa"):
+        return layers
+    for name in layers.outside:
+        model.get_parameter(name).requires_grad_(False)
+    return LayerMap(model, args.layer_stack)
 
 
 def as_json(config: PeftConfig) -> dict:
@@ -265,6 +269,8 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
     if args.dtype != "auto":
         model = model.to(getattr(torch, args.dtype))
     vocabulary = model.get_input_embeddings().num_embeddings
+    if args.selection.startswith("semantic"):
+        require_comparable(model.get_output_embeddings(), config.get_text_config().hidden_size)
     if args.peft_method == "none":
         return _plan_base_weights(args, model), config, vocabulary
     defaults = not args.target_modules and args.peft_method == "lora"
@@ -307,16 +313,17 @@ def _plan_base_weights(args: Namespace, model: nn.Module) -> LayerMap:
     Raises:
         UsageError: the selection, or 4-bit weights, do not go with that; or there is no list of layers.
     """
-    if args.selection in ("ist", "semantic+ist"):
+    if args.selection in SUPPRESSING:
         raise UsageError(
             f"--selection {args.selection} suppresses the response of adapters, and --peft_method none has none: "
             "choose another selection (all, lisa, random, ...)."
         )
-    if args.load_in_4bit:
-        raise UsageError("--peft_method none trains the base weights, which --load_in_4bit packs: leave one out.")
-    free_base_weights(model, args)
+    if args.load_in_4bit or getattr(model.config, "quantization_config", None):
+        packed = "--load_in_4bit packs: leave one out" if args.load_in_4bit else "this model has packed: take another"
+        raise UsageError(f"--peft_method none trains the base weights, which {packed}.")
+    layers = free_base_weights(model, args)
     _require_fine(args, model)
-    return LayerMap(model, args.layer_stack)
+    return layers
 
 
 def _require_fine(args: Namespace, model: nn.Module) -> None:
@@ -410,9 +417,11 @@ def _made_to_train(base: nn.Module, args: Namespace, peft_config: PeftConfig | N
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with _adapter_errors(args):
-        model = base if peft_config is None else get_peft_model(base, peft_config, **options)
         if peft_config is None:
+            model = base
             free_base_weights(model, args)
+        else:
+            model = get_peft_model(base, peft_config, **options)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and isinstance(parameter, Params4bit):
                 raise UsageError(f"{name} would train, but its weights are packed in 4 bits.")

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ist.checkpoint import checkpoint_steps, write_json
-from ist.config import LayerCounts, UsageError, brief, run_command
+from ist.config import RULE_KEYS, LayerCounts, UsageError, brief, run_command
 
 METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
 
@@ -320,7 +320,7 @@ def _plot_semantic(axis: Axes, semantic: dict) -> None:
     """Deviation of each latent space; the layers that are frozen for good are shaded, space k is above layer k - 1."""
     deviations, boundary = semantic["deviations"], semantic["boundary"]
     axis.plot(range(len(deviations)), deviations, marker=".", color="0.2", lw=1.2)
-    axis.axvspan(0, boundary + 1, color="tab:blue", alpha=0.15, label=f"frozen: layers 0 to {boundary}")
+    axis.axvspan(0, boundary + 1, color="tab:blue", alpha=0.15, label=f"frozen: layers up to {boundary}")
     axis.set(xlabel="latent space", ylabel="deviation", title="Mean cosine distance from the semantic bases")
     axis.legend(loc="lower left", fontsize="small")
 
@@ -378,20 +378,21 @@ def read_results(folder: Path) -> dict[str, Any]:
         right = {task: [int(line["right"]) for line in rows] for task, rows in lines.items()}
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder} holds no finished evaluation: {brief(error)}.") from error
-    model, training = Path(summary["arguments"]["model_name_or_path"]).name, summary["training"]
+    training = summary["training"]
+    settings = training["configuration"] if training else {}
+    model = settings.get("model_name_or_path", summary["arguments"]["model_name_or_path"])  # of a model/: its base
     if not training:
         arm, seed = summary["arguments"]["adapter"] or "base", None
     else:
-        settings = training["configuration"]
         arm = (settings.get("adapter") or {"peft_type": settings["peft_method"]})["peft_type"].upper()
         arm = "FULL" if arm == "NONE" else arm
         seed = settings["seed"]
         if settings["selection"] != "all":
             arm += f" + {settings['selection']}"
             arm += "" if settings["trained_layers"] == 0.25 else f" ({settings['trained_layers']} layers)"
-            if settings.get("fixed_layers"):
-                arm += f" {','.join(map(str, settings['fixed_layers']))}"
-    return {"file": str(file), "model": model, "arm": arm, "seed": seed, "right": right}
+            keys = [key for key, (_, default) in RULE_KEYS.items() if settings.get(key) not in (None, default)]
+            arm += "".join(f" {key} {settings[key]}" for key in keys)
+    return {"file": str(file), "model": Path(model).name, "arm": arm, "seed": seed, "right": right}
 
 
 def _interval(pairs: list[tuple[dict, dict]], tasks: list[str], draws: int = 2000) -> list[float]:

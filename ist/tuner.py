@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ist import distributed, probe
 from ist.config import ISTConfig, UsageError
 from ist.layers import LayerMap
-from ist.selection import SemanticFreezing, make_rule
-from ist.selection.semantic import measure_deviations
+from ist.selection import CalibratedRule, make_rule
 from ist.suppression import measuring
 
 
@@ -65,7 +64,7 @@ class SparseTuner:
         self._plan: dict[int, list[int]] = {}
 
     def prepare(self) -> dict | None:
-        """Make the pass before training that semantic rules ask for, unless its answer is known.
+        """Make the pass before training that a rule asks for (semantic), unless its answer is known.
 
         `begin_step` makes it too, where it was not made.
 
@@ -75,11 +74,11 @@ class SparseTuner:
         Raises:
             FloatingPointError: a hidden state is not finite.
         """
-        if not isinstance(self.rule, SemanticFreezing):
+        if not isinstance(self.rule, CalibratedRule):
             return None
-        if self.rule.boundary is None:
+        if not self.rule.calibrated:
             with measuring(self.model):
-                self.rule.see(measure_deviations(self.model, self.layers.blocks, self.batches("calibration")))
+                self.rule.calibrate(self.model, self.layers, self.batches("calibration"))
         return self.rule.summary()
 
     def begin_step(self, step: int) -> dict | None:

@@ -26,6 +26,7 @@ all | random | ist | lisa | fixed | first | last | semantic | semantic+ist) ;;
 esac
 
 data=${DATA:-data} config=${CONFIG:-accelerate_configs/single.yaml} name=$recipe-$arm-$seed
+case " $* " in *" --peft_method none "* | *" --peft_method=none "*) name=$recipe-full-$arm-$seed ;; esac
 python=python
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 case $recipe in
@@ -41,6 +42,11 @@ done
 $python -m accelerate.commands.launch --config_file "$config" train_ist.py --config "$file" \
   --train_file "$data/$rows" --selection "$arm" --seed "$seed" --output_dir "runs/$name" \
   --resume_from_checkpoint auto "$@"
-model=$($python -c "import json; print(json.load(open('runs/$name/run.json'))['configuration']['model_name_or_path'])")
-$python -m accelerate.commands.launch --config_file "$config" -m ist.evaluate --model_name_or_path "$model" \
-  --adapter "runs/$name/adapter" --test_file "${files[@]}" --output_dir "results/$name"
+if [ -d "runs/$name/model" ]; then
+  result=(--model_name_or_path "runs/$name/model")
+else
+  base=$($python -c "import json; print(json.load(open('runs/$name/run.json'))['configuration']['model_name_or_path'])")
+  result=(--model_name_or_path "$base" --adapter "runs/$name/adapter")
+fi
+$python -m accelerate.commands.launch --config_file "$config" -m ist.evaluate "${result[@]}" \
+  --test_file "${files[@]}" --output_dir "results/$name"

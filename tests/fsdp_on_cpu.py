@@ -23,3 +23,14 @@ def turn_on_fsdp() -> None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
     AcceleratorState.__init__ = init
+
+
+if __name__ == "__main__":  # tests/fsdp_on_cpu.py MODULE [arguments]: `python -m MODULE` with FSDP on CPU
+    import runpy
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    turn_on_fsdp()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

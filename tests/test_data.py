@@ -3,22 +3,26 @@
 import json
 
 import pytest
-from conftest import CHAT_TEMPLATE
+import torch
+from conftest import CHAT_TEMPLATE, make_tiny, read_lines, tiny_config
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from ist.config import UsageError
 from ist.data import (
     IGNORE,
     GlobalBatches,
     arithmetic_rows,
+    collate,
     encode,
     encode_rows,
     load_rows,
     make_prompt,
     micro_batches,
+    pack,
     probe_rows,
 )
+from ist.loss import token_loss_sum
 
 ROW = {"instruction": "Add 2 and 3.", "input": "", "output": "2 + 3 = 5.", "answer": "5"}
 
@@ -235,3 +239,47 @@ def test_held_out_word_problems_share_no_number_and_no_template():
         left, right = row["output"].split(". ")[1].split(" = ")
         assert str(eval(left)) == right == row["answer"]
         assert row["output"].endswith(f"The answer is {right}.")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_are_rows_apart(attention):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(attn_implementation=attention)).double()
+    rows = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18]]
+    labels = [[-100, -100, 7, 8, 9], [10, 11], [-100, 13, 14, -100, 16, 17, 18]]
+    packed, padded = pack(rows, labels), collate(rows, labels, pad_token_id=0)
+    assert packed["input_ids"].shape == (1, 14)
+    gradients = []
+    for batch in (packed, padded):
+        model.zero_grad()
+        loss = token_loss_sum(model, batch)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    apart = sum(token_loss_sum(model, collate([ids], [wanted], 0)) for ids, wanted in zip(rows, labels, strict=True))
+    assert loss.item() == pytest.approx(apart.item(), rel=1e-6)
+    assert token_loss_sum(model, packed).item() == pytest.approx(apart.item(), rel=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+    shifted = {**packed, "position_ids": torch.arange(14)[None]}  # one row of 14: not the same
+    assert token_loss_sum(model, shifted).item() != pytest.approx(apart.item(), rel=1e-3)
+
+
+def test_a_packed_run_is_the_padded_run(train, tmp_path):
+    options = {"score_lr": 1000, "validation_size": 5, "lora_dropout": 0}
+    for name, packing in (("padded", False), ("packed", True)):
+        assert train(output_dir=tmp_path / name, packing=packing, probe="cheap", **options) == 0
+    for file in ("metrics.jsonl", "importance.jsonl"):
+        packed, padded = (read_lines(tmp_path / name / file) for name in ("packed", "padded"))
+        for one, two in zip(packed, padded, strict=True):
+            for key in one.keys() & {"trained_layers", "tokens", "candidates"}:
+                assert one[key] == two[key]
+            for key in one.keys() & {"loss", "losses", "validation_loss"}:
+                assert one[key] == pytest.approx(two[key], abs=1e-4)
+
+
+def test_a_model_that_sees_across_packed_rows_is_refused(train, tmp_path, rows):
+    folder = make_tiny(tmp_path / "mamba", rows)
+    MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)).save_pretrained(
+        folder
+    )
+    with pytest.raises(UsageError, match="--packing true gives this model another loss"):
+        train(model_name_or_path=folder, packing=True)

@@ -21,7 +21,7 @@ import train_ist
 from ist import ISTConfig
 from ist.config import UsageError, parse_arguments
 from ist.layers import LayerMap, default_target_modules, outside_decoder
-from ist.model import make_peft_config, plan_layers
+from ist.model import free_base_weights, make_peft_config, plan_layers
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -126,3 +126,16 @@ def test_recipe(name, tmp_path, monkeypatch):
         assert len(modules) == len(targets)
     assert config.score_lr == (100 if "math" in name else 10)
     assert args.load_best_model_at_end
+
+
+@pytest.mark.parametrize("selection", ["all", "random"])
+def test_without_adapters_the_text_decoder_trains_and_no_tower(selection):
+    model = llava()
+    layers = free_base_weights(model, Namespace(selection=selection, layer_stack="decoder"))
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert layers.names == [f"model.language_model.layers.{i}" for i in range(layers.n_layers)]
+    assert not any("vision" in name or "projector" in name for name in trains)
+    assert ("model.language_model.embed_tokens.weight" in trains) == (selection == "all")
+    assert {name for name in trains if ".layers." in name} == {
+        name for name, _ in model.named_parameters() if name.startswith("model.language_model.layers.")
+    }

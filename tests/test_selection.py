@@ -13,7 +13,7 @@ from conftest import make_tiny, read_lines, tiny_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from ist import ImportanceSampler, ISTConfig, SparseTuner
 from ist.config import UsageError
@@ -153,6 +153,8 @@ def test_lisa_beside_its_description():
     assert len(pairs) == n_layers * (n_layers - 1) / 2
     assert all(abs(count - draws * share) < 5 * (draws * share) ** 0.5 for count in pairs.values())
     assert LisaSampler(12, ISTConfig(selection="lisa")).config.lisa_interval == 20
+    other = LisaSampler(n_layers, ISTConfig(selection="lisa", trained_layers=drawn, lisa_interval=interval, seed=1))
+    assert [other.trained(7 * i) for i in range(9)] != [rule.trained(7 * i) for i in range(9)]
 
 
 def test_lisa_on_full_layers_trains_embeddings_and_head_at_every_step(train, tiny, tmp_path, monkeypatch):
@@ -185,6 +187,9 @@ def test_fixed_first_and_last():
     assert layers(12, selection="last") == [9, 10, 11]
     assert layers(12, selection="fixed", fixed_layers=["7", "0,3"]) == [0, 3, 7]
     assert layers(12, selection="fixed", fixed_layers=[1]) == [1]
+    assert layers(12, selection="fixed", fixed_layers="10") == layers(12, selection="fixed", fixed_layers=10) == [10]
+    with pytest.raises(UsageError, match="layer numbers"):
+        ISTConfig(selection="fixed", fixed_layers="²")
     assert layers(12, selection="fixed") == [2, 6, 10]
     assert layers(30, selection="fixed", trained_layers=8) == [1, 5, 9, 13, 16, 20, 24, 28]
     rule = make_rule(12, ISTConfig(selection="fixed", fixed_layers=[1, 2], trained_layers=5))
@@ -207,6 +212,8 @@ def test_fixed_first_and_last():
         ({"selection": "semantic", "min_trained_layers": 4}, "--min_trained_layers 4 leaves no layer to freeze"),
         ({"selection": "semantic", "min_trained_layers": 5}, "--min_trained_layers must be .* from 1 to 4"),
         ({"selection": "semantic+ist", "kept_layers": 4}, "--kept_layers 4 leaves no layer to freeze"),
+        ({"selection": "semantic+ist", "trained_layers": 4}, "--trained_layers 4 leaves no layer to freeze"),
+        ({"selection": "semantic+ist", "trained_layers": 9}, "--trained_layers must be .* from 1 to 4"),
         ({"selection": "semantic", "semantic_rows": 0}, "--semantic_rows must be 1 or more; got 0"),
         ({"selection": "semantic", "layer_stack": "both"}, "--layer_stack must be decoder"),
         ({"selection": "ist", "peft_method": "none"}, "--selection ist suppresses the response of adapters, and"),
@@ -246,9 +253,10 @@ def some_batches(n=3) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("rank", [32, 5])
 def test_semantic_bases_are_rows_of_the_pseudo_inverse(rank):
     generator = torch.Generator().manual_seed(0)
-    head = torch.randn(300, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
-    tokens = torch.tensor([[0, 7], [299, 7]])
-    expected = torch.nn.functional.one_hot(tokens, 300).double() @ torch.linalg.pinv(head.double().T, rtol=1e-5)
+    head = torch.randn(20_000, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
+    tokens = torch.tensor([[0, 7], [19_999, 7]])
+    one_hot = torch.nn.functional.one_hot(tokens, len(head)).double()
+    expected = one_hot @ torch.linalg.pinv(head.double().T, rtol=1e-5)
     torch.testing.assert_close(SemanticBases(head)(tokens).double(), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -346,6 +354,72 @@ def rule_that_saw(deviations: list[float], **options) -> SemanticFreezing:
     return rule
 
 
+def test_layers_without_adapters_have_gains_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    toy = Planted(8, 3, generator)
+    model = get_peft_model(toy, LoraConfig(target_modules=r"layers\.[01567]\.noise"))
+    batches = toy.batches(generator)
+    tuner = SparseTuner(model, ISTConfig(selection="semantic"), probe_loss=None, batches=lambda _: batches)
+    tuner.begin_step(0)
+    assert tuner.rule.boundary == 3
+    assert tuner.trained == [2, 3, 4]  # of the adapted ones: 5, 6 and 7
+    again = make_rule(5, ISTConfig(selection="semantic"))
+    again.load_state_dict(json.loads(json.dumps(tuner.rule.state_dict())))
+    assert again.summary() == tuner.rule.summary()
+    assert again.trained(7) == [2, 3, 4]
+    model = get_peft_model(Planted(8, 3, generator), LoraConfig(target_modules=r"layers\.2\.noise"))
+    tuner = SparseTuner(model, ISTConfig(selection="semantic"), probe_loss=None, batches=lambda _: batches)
+    tuner.begin_step(0)
+    assert tuner.trained == [0]
+
+
+def test_the_pass_is_without_dropout_and_leaves_no_hooks(monkeypatch):
+    def boundary_and_deviations(dropout):
+        torch.manual_seed(3)
+        model = get_peft_model(
+            random_llama(attention_dropout=dropout), LoraConfig(target_modules=["q_proj"], lora_dropout=dropout)
+        )
+        config = ISTConfig(selection="semantic")
+        tuner = SparseTuner(model.train(), config, probe_loss=None, batches=lambda _: some_batches())
+        tuner.prepare()
+        return tuner.rule.summary()
+
+    assert boundary_and_deviations(0.0) == boundary_and_deviations(0.5)
+    model = random_llama()
+    with pytest.raises(ZeroDivisionError):
+        measure_deviations(model, model.model.layers, (1 / 0 for _ in range(1)))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    model.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="calibration rows"):
+        measure_deviations(model, model.model.layers, some_batches())
+    batch = {**some_batches(1)[0]}
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    with pytest.raises(UsageError, match="no token is to be predicted"):
+        measure_deviations(random_llama(), model.model.layers, [batch])
+
+
+def test_what_cannot_be_compared_is_refused(train, tmp_path, rows):
+    folder = make_tiny(tmp_path / "opt", rows)
+    options = {"vocab_size": 400, "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2}
+    OPTForCausalLM(OPTConfig(num_attention_heads=4, **options)).save_pretrained(folder)
+    with pytest.raises(UsageError, match=r"hidden states \(of size 32\) with rows of the LM head \(of size 16\)"):
+        train(selection="semantic", model_name_or_path=folder)
+    with pytest.raises(UsageError, match="suppresses adapters, and the model has none"):
+        SparseTuner(random_llama(), ISTConfig(), probe_loss=None)
+
+
+def test_as_many_calibration_rows_as_asked_for(train, monkeypatch):
+    import train_ist
+
+    seen = []
+    rows_of = train_ist.probe_rows
+    monkeypatch.setattr(train_ist, "probe_rows", lambda *args: seen.append((args[3], rows_of(*args))) or seen[-1][1])
+    assert train(selection="semantic", semantic_rows=7, max_steps=2) == 0
+    ((step, rows),) = seen
+    assert step == "calibration"
+    assert len(set(rows)) == 7
+
+
 def test_floor_and_budget_move_the_boundary():
     deviations = [0.9, 0.8, 0.75, 0.7, 0.3, 0.28, 0.25, 0.24, 0.1]  # most gain in the top layer, then in layer 3
 
@@ -355,11 +429,15 @@ def test_floor_and_budget_move_the_boundary():
     assert boundary(min_trained_layers=1) == 3  # the top layer would leave none
     assert boundary() == 3
     assert boundary(min_trained_layers=5) == 0  # of layers 0 to 2
-    assert choose_boundary([1, 5, 1, 9], floor=1, most=None) == 1
-    assert choose_boundary([1, 5, 4, 9], floor=1, most=3) == 2  # 5 for 2 layers of backward, 4 for one
-    assert choose_boundary([1, 5, 2, 9], floor=1, most=3) == 1
-    assert choose_boundary([1, 5, 2, 9], floor=1, most=1) == 2
+    above = [3, 2, 1, 0]
+    assert choose_boundary([1, 5, 1, 9], above, floor=1, most=None) == 1
+    assert choose_boundary([1, 5, 4, 9], above, floor=1, most=3) == 2  # 5 for 2 layers of backward, 4 for one
+    assert choose_boundary([1, 5, 2, 9], above, floor=1, most=3) == 1
+    assert choose_boundary([1, 5, 2, 9], above, floor=1, most=1) == 2
+    assert choose_boundary([1, 5, 2, 9], [1, 1, 0, 0], floor=1, most=None) == 1
+    assert choose_boundary([1, 5], [0, 0], floor=1, most=None) == -1
     assert boundary(semantic_budget=0.3) == 5
+    assert make_rule(100, ISTConfig(selection="semantic", semantic_budget=0.29))._most == 29  # 28.999999999999996
     with pytest.raises(UsageError, match="leaves nothing to train"):
         make_rule(8, ISTConfig(selection="semantic", semantic_budget=0.3, min_trained_layers=3))
 

@@ -4,8 +4,10 @@ from ist.config import ISTConfig
 from ist.sampler import ImportanceSampler
 from ist.selection.fixed import FixedLayers
 from ist.selection.lisa import LisaSampler
-from ist.selection.rule import SelectionRule
+from ist.selection.rule import CalibratedRule, SelectionRule
 from ist.selection.semantic import SemanticFreezing
+
+__all__ = ["CalibratedRule", "FixedLayers", "LisaSampler", "SelectionRule", "SemanticFreezing", "make_rule"]
 
 _RULES = {
     "lisa": LisaSampler,

@@ -1,6 +1,6 @@
 """The same layers at every step: a list, the first or the last N_u."""
 
-from ist.config import ISTConfig, UsageError
+from ist.config import ISTConfig, LayerCounts, UsageError
 from ist.selection.rule import Unlearned
 
 
@@ -19,7 +19,7 @@ class FixedLayers(Unlearned):
     """
 
     def __init__(self, n_layers: int, config: ISTConfig) -> None:
-        count = config.counts(n_layers).trained
+        count = config.counts(n_layers).trained if config.fixed_layers is None else 0
         if config.selection == "first":
             self._layers = list(range(count))
         elif config.selection == "last":
@@ -33,7 +33,7 @@ class FixedLayers(Unlearned):
                 f"--fixed_layers must be layers from 0 to {n_layers - 1} (the model has {n_layers}); got "
                 f"{', '.join(map(str, beyond))}."
             )
-        self.counts = config.counts(n_layers)._replace(trained=len(self._layers))
+        self.counts = LayerCounts(n_layers, len(self._layers), n_layers)
 
     def trained(self, step: int) -> list[int]:
         return list(self._layers)

@@ -1,12 +1,16 @@
-"""The interface of a selection rule."""
+"""The interface of a selection rule, in three parts: every rule, one that observes losses, one that observes a pass."""
 
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
 
 from ist.config import LayerCounts
+from ist.layers import LayerMap
 
 
 class SelectionRule(Protocol):
-    """What trains at each step; what must be observed for it; its state.
+    """What trains at each step, and the rule's state.
 
     Draws are seeded by (seed, step, purpose), so that ranks agree and a resumed run goes on with the same ones: the
     state is what was learned from observations, nothing else. Between two updates `trained` must not change.
@@ -18,8 +22,7 @@ class SelectionRule(Protocol):
     counts: LayerCounts
 
     def due(self, step: int) -> bool:
-        """Whether candidates must be measured before `step`: then it has `candidates` and `update`, as
-        ImportanceSampler."""
+        """Whether candidate losses must be measured before `step`; only a LearnedRule says yes."""
 
     def trained(self, step: int) -> list[int]:
         """The layers trained at `step`, ascending."""
@@ -28,6 +31,33 @@ class SelectionRule(Protocol):
         """JSON-ready and exact."""
 
     def load_state_dict(self, state: dict) -> None: ...
+
+
+class LearnedRule(SelectionRule, Protocol):
+    """A rule that learns from losses with suppressed responses: ImportanceSampler's interface."""
+
+    @property
+    def importance(self) -> Tensor:
+        """[N_L] float64, higher is more important."""
+
+    def candidates(self, step: int) -> list[list[int]]:
+        """Sets of layers that keep their full response, one loss to be measured for each."""
+
+    def update(self, candidates: Sequence[Sequence[int]], losses: Sequence[float]) -> list[float]:
+        """Learn from the losses; the reward of each set."""
+
+
+@runtime_checkable
+class CalibratedRule(SelectionRule, Protocol):
+    """A rule that must see a pass over training rows before its first `trained`."""
+
+    calibrated: bool
+
+    def calibrate(self, model: nn.Module, layers: LayerMap, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Make the pass over this rank's share of the rows; called without gradients and dropout."""
+
+    def summary(self) -> dict:
+        """What was seen and chosen, JSON-ready, for run.json."""
 
 
 class Unlearned:

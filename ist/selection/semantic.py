@@ -15,6 +15,7 @@ that share of the layers, the one with most gain per layer of backward; and the 
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ist import distributed
-from ist.config import ISTConfig, LayerCounts, UsageError
+from ist.config import RULE_KEYS, ISTConfig, LayerCounts, UsageError
+from ist.layers import LayerMap
 from ist.loss import IGNORE
 from ist.sampler import ImportanceSampler
 
@@ -54,6 +56,20 @@ def _hidden(output: Tensor | Sequence) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def require_comparable(head: nn.Module | None, hidden_size: int) -> None:
+    """Hidden states can be compared with the head's rows.
+
+    Raises:
+        UsageError: there is no head, or it is not as wide as the hidden states.
+    """
+    width = head.weight.shape[1] if hasattr(head, "weight") else None
+    if width != hidden_size:
+        raise UsageError(
+            f"--selection semantic compares hidden states (of size {hidden_size}) with rows of the LM head "
+            f"({f'of size {width}' if width else 'there is none'}): not with this model. Choose another rule."
+        )
+
+
 @torch.no_grad()
 def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[dict[str, Tensor]]) -> Tensor:
     """Mean cosine distance of each latent space from the bases of the tokens that were to be predicted.
@@ -61,12 +77,14 @@ def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: I
     Args:
         model: called as model(**batch without labels); its head as `get_output_embeddings` gives it.
         blocks: [L] layers; the spaces are the input of the first and the output of each.
-        batches: this rank's share of the calibration rows, as many batches on each rank: input_ids, labels, ... [B, T].
+        batches: this rank's share of the calibration rows: input_ids, labels, ... [B, T]. Where the model is sharded,
+            as many batches on each rank.
 
     Returns:
         [L + 1] float64, over the rows of all ranks, on the CPU; each from 0 (they point where the bases do) to 2.
 
     Raises:
+        UsageError: hidden states and head cannot be compared, or no token is to be predicted in the rows.
         FloatingPointError: a hidden state is not finite.
     """
     bases = SemanticBases(model.get_output_embeddings().weight)
@@ -75,18 +93,22 @@ def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: I
     predicting: Tensor  # [B, T] whether the position predicts a token that counts
 
     def observe(space: int, hidden: Tensor) -> None:
+        if hidden.shape[:-1] != predicting.shape:
+            raise UsageError(
+                f"--selection semantic needs one hidden state per token; this model's are {list(hidden.shape)}. Choose "
+                "another rule."
+            )
         distance = 1 - cosine_similarity(hidden[predicting].float(), wanted, dim=-1)
         total[space] += distance.sum(dtype=torch.float64)
 
     def observe_input(module, args, kwargs):
         observe(0, args[0] if args else kwargs["hidden_states"])
 
-    handles = [blocks[0].register_forward_pre_hook(observe_input, with_kwargs=True)]
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(blocks[0].register_forward_pre_hook(observe_input, with_kwargs=True).remove)
         for space, block in enumerate(blocks, 1):
-            handles.append(
-                block.register_forward_hook(lambda _, args, output, space=space: observe(space, _hidden(output)))
-            )
+            hook = block.register_forward_hook(lambda _, args, output, space=space: observe(space, _hidden(output)))
+            hooks.callback(hook.remove)
         for batch in batches:
             targets = torch.full_like(batch["labels"], IGNORE)
             targets[:, :-1] = batch["labels"][:, 1:]
@@ -94,10 +116,9 @@ def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: I
             wanted = bases(targets[predicting])
             total[-1] += predicting.sum()
             model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     *sums, tokens = distributed.reduce_sum(total).cpu()
+    if not tokens:
+        raise UsageError("--semantic_rows: no token is to be predicted in these rows. Take more.")
     deviations = torch.stack(sums) / tokens
     if not deviations.isfinite().all():
         raise FloatingPointError(f"a hidden state of the calibration rows is not finite: {deviations.tolist()}")
@@ -110,32 +131,37 @@ def layer_gains(deviations: Sequence[float]) -> list[float]:
     return (logarithm[:-1] - logarithm[1:]).tolist()
 
 
-def choose_boundary(gains: Sequence[float], floor: int, most: int | None) -> int:
+def choose_boundary(gains: Sequence[float], above: Sequence[int], floor: int, most: int | None) -> int:
     """The highest frozen layer: of largest gain; where cost is limited, of largest gain per layer of backward.
 
     Args:
         gains: [L].
+        above: [L] the layers above each that can be trained, which the backward then goes through.
         floor: layers to leave above it, at least 1.
         most: layers that the backward may go through, `floor` or more; None is no limit.
+
+    Returns:
+        0 to L - 1; -1, nothing is frozen, where no layer has `floor` others above it.
     """
-    above = {i: len(gains) - 1 - i for i in range(len(gains))}
-    allowed = [i for i in above if floor <= above[i] <= (len(gains) if most is None else most)]
-    return max(allowed, key=lambda i: gains[i] if most is None else gains[i] / above[i])
+    allowed = [i for i, count in enumerate(above) if floor <= count <= (count if most is None else most)]
+    return max(allowed, key=lambda i: gains[i] if most is None else gains[i] / above[i], default=-1)
 
 
 class SemanticFreezing:
     """`semantic` trains all layers above the boundary, `semantic+ist` draws N_u of them by importance.
 
-    Importance is learned as if the model had only the layers above: fractions are of those, and the ones below keep
-    their response, whatever it is. Scores below stay 0.
+    Gains are of all layers of the model; those that carry an adapter above the boundary are trained. Importance is
+    learned as if there were only these: fractions are of them, and the ones below keep their response, whatever it is.
+    Scores below stay 0.
 
     Args:
         n_layers: N_L.
         config: `min_trained_layers`, `semantic_budget`, and IST's for `semantic+ist`.
 
     Attributes:
-        deviations: [N_L + 1] as `see` got them; None before.
-        boundary: the highest frozen layer, from 0; None before.
+        deviations: [L + 1] as `see` got them; None before.
+        boundary: the highest frozen layer of the model, from 0; -1 where none is; None before.
+        frozen: how many of the N_L layers are at or below it.
 
     Raises:
         UsageError: the floor or the budget leave no boundary.
@@ -144,17 +170,22 @@ class SemanticFreezing:
     def __init__(self, n_layers: int, config: ISTConfig) -> None:
         self.config = config
         self.deviations: list[float] | None = None
+        self.positions: list[int] | None = None
         self.boundary: int | None = None
+        self.frozen = 0
         self._above: ImportanceSampler | None = None
-        self.counts = LayerCounts(n_layers, n_layers, config.layer_count("kept_layers", n_layers))
+        with_ist = config.selection == "semantic+ist"
+        kept = config.layer_count("kept_layers", n_layers) if with_ist else n_layers
+        self.counts = LayerCounts(n_layers, n_layers, kept)
         self._floor = config.layer_count("min_trained_layers", n_layers)
         floor = f"--min_trained_layers {config.min_trained_layers}"
-        for key in ("trained_layers", "kept_layers") if config.selection == "semantic+ist" else ():
+        for key in ("trained_layers", "kept_layers") if with_ist else ():
             count = getattr(config, key)  # a fraction, and all, are of the layers above, however many they will be
+            config.layer_count(key, n_layers)
             if isinstance(count, int) and count > self._floor:
                 self._floor, floor = count, f"--{key} {count}"
-        if self._floor >= n_layers:
-            raise UsageError(f"{floor} leaves no layer to freeze: the model has {n_layers}. Lower it.")
+        if self._floor >= n_layers > 1:
+            raise UsageError(f"{floor} leaves no layer to freeze: {n_layers} can be trained. Choose fewer.")
         self._most = None if config.semantic_budget is None else int(config.semantic_budget * n_layers + 1e-9)
         if self._most is not None and self._most < self._floor:
             raise UsageError(
@@ -162,31 +193,43 @@ class SemanticFreezing:
                 f"{self._most} of {n_layers} layers, {floor} wants {self._floor}. Raise it."
             )
 
-    def see(self, deviations: Sequence[float]) -> None:
-        """Set the boundary; `deviations` are those of `measure_deviations`."""
+    @property
+    def calibrated(self) -> bool:
+        return self.boundary is not None
+
+    def calibrate(self, model: nn.Module, layers: LayerMap, batches: Iterable[dict[str, Tensor]]) -> None:
+        self.see(measure_deviations(model, layers.all_blocks, batches), layers.positions)
+
+    def see(self, deviations: Sequence[float], positions: Sequence[int] | None = None) -> None:
+        """Set the boundary.
+
+        Args:
+            deviations: [L + 1] of `measure_deviations`.
+            positions: [N_L] of the layers that can be trained among the model's L; default: they are all.
+        """
         n_layers = self.counts.n_layers
         self.deviations = [float(value) for value in deviations]
-        self.boundary = choose_boundary(layer_gains(self.deviations), self._floor, self._most)
-        below = dict.fromkeys(("min_trained_layers", "semantic_budget", "semantic_rows"))
-        selection = "ist" if self.config.selection == "semantic+ist" else "all"
-        above = replace(self.config, selection=selection, **below)
-        if selection == "all":
-            above = replace(above, kept_layers="all")
-        self._above = ImportanceSampler(n_layers - self.boundary - 1, above)
+        self.positions = list(range(n_layers) if positions is None else positions)
+        gains = layer_gains(self.deviations)
+        above = [sum(position > i for position in self.positions) for i in range(len(gains))]
+        self.boundary = choose_boundary(gains, above, self._floor, self._most)
+        self.frozen = sum(position <= self.boundary for position in self.positions)
+        unset = dict.fromkeys(key for key, (rule, _) in RULE_KEYS.items() if rule == "semantic")
+        if self.config.selection == "semantic+ist":
+            config = replace(self.config, selection="ist", **unset)
+        else:
+            config = replace(self.config, selection="all", kept_layers="all", **unset)
+        self._above = ImportanceSampler(n_layers - self.frozen, config)
         self.counts = LayerCounts(n_layers, self._above.counts.trained, self._above.counts.kept)
 
     def summary(self) -> dict:
-        """What was seen and chosen, for run.json."""
-        return {
-            "boundary": self.boundary,
-            "deviations": self.deviations,
-            "gains": layer_gains(self.deviations),
-        }
+        gains = layer_gains(self.deviations)
+        return {"boundary": self.boundary, "frozen": self.frozen, "deviations": self.deviations, "gains": gains}
 
     @property
     def importance(self) -> Tensor:
         """[N_L] as ImportanceSampler's; 0 below the boundary."""
-        return torch.cat([torch.zeros(self.boundary + 1, dtype=torch.float64), self._above.importance])
+        return torch.cat([torch.zeros(self.frozen, dtype=torch.float64), self._above.importance])
 
     def due(self, step: int) -> bool:
         return self._above.due(step)
@@ -195,20 +238,20 @@ class SemanticFreezing:
         return self._raised(self._above.trained(step))
 
     def candidates(self, step: int) -> list[list[int]]:
-        frozen = list(range(self.boundary + 1))
+        frozen = list(range(self.frozen))
         return [frozen + self._raised(kept) for kept in self._above.candidates(step)]
 
     def update(self, candidates: Sequence[Sequence[int]], losses: Sequence[float]) -> list[float]:
-        first = self.boundary + 1
-        return self._above.update([[i - first for i in kept if i >= first] for kept in candidates], losses)
+        return self._above.update([[i - self.frozen for i in kept if i >= self.frozen] for kept in candidates], losses)
 
     def state_dict(self) -> dict:
-        return {"deviations": self.deviations, **(self._above.state_dict() if self._above else {})}
+        seen = {"deviations": self.deviations, "positions": self.positions}
+        return seen | (self._above.state_dict() if self._above else {})
 
     def load_state_dict(self, state: dict) -> None:
         if state["deviations"] is not None:
-            self.see(state["deviations"])
+            self.see(state["deviations"], state["positions"])
             self._above.load_state_dict(state)
 
     def _raised(self, layers: Iterable[int]) -> list[int]:
-        return [self.boundary + 1 + i for i in layers]
+        return [self.frozen + i for i in layers]

@@ -1,0 +1,427 @@
+"""How long the steps of different arms take, side by side: what `python -m ist.benchmark speed` and `scale` measure.
+
+An arm is a run of train_ist.py itself, of a bare loop, or of transformers.Trainer, over the same rows. Arms take turns,
+A B C A B C, each time with another seed, so that draws and whatever else the machine does fall on all of them alike.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from ist.config import CHEAP, parse_arguments
+from ist.data import GlobalBatches, collate, micro_batches, prepare_data
+from ist.distributed import Traffic
+from ist.model import load_model, make_peft_config, plan_layers
+from ist.report import read_lines
+from ist.tuner import SparseTuner
+
+WINDOW = 10  # steps: one importance update at the default interval
+ARMS: dict[str, dict] = {
+    "bare loop": {},
+    "transformers.Trainer": {},
+    "all": {"selection": "all"},
+    "random": {"selection": "random"},
+    "lisa": {"selection": "lisa"},
+    "ist": {"selection": "ist"},
+    "ist, cheap probe": {"selection": "ist", "probe": "cheap"},
+    "ist, gradient probe": {"selection": "ist", "probe": "gradient"},
+    "last": {"selection": "last"},
+    "semantic+ist, cheap probe": {"selection": "semantic+ist", "probe": "cheap"},
+}
+
+
+def _train_ist():
+    """train_ist.py, which stands beside the package and not in it."""
+    path = Path(__file__).parent.parent / "train_ist.py"
+    spec = importlib.util.spec_from_file_location("train_ist", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """Seconds in each part of a training step, from inside train_ist.py; each part waits for the device."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.on = False
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if not self.on:
+                return function(*args, **kwargs)
+            synchronize()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize()
+            self.seconds[part] += time.perf_counter() - start
+            return result
+
+        return call
+
+    @contextlib.contextmanager
+    def inside(self, job) -> Iterator[None]:
+        """Watch the parts of `job`, train_ist.py as a module: those within one another are told apart below."""
+        targets = [
+            (job, "token_loss_sum", "forward"),
+            (Accelerator, "backward", "backward"),
+            (Accelerator, "clip_grad_norm_", "optimizer"),
+            (AcceleratedOptimizer, "step", "optimizer"),
+            (SparseTuner, "update_importance", "probe"),
+            (SparseTuner, "begin_step", "begin_step"),
+        ]
+        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
+        for owner, name, part in targets:
+            setattr(owner, name, self.timed(part, getattr(owner, name)))
+        begin_step = SparseTuner.begin_step
+
+        def begin(tuner: SparseTuner, step: int) -> dict | None:
+            self.on = step >= WINDOW
+            return begin_step(tuner, step)
+
+        SparseTuner.begin_step = begin
+        try:
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+
+def _reset() -> None:
+    """Accelerate keeps its state in singletons: a second run in one process starts from none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def run_ours(job, flags: dict, parts: bool) -> dict[str, float]:
+    """Seconds per step of train_ist.py, of the windows after the first: `total`, and with `parts` of each part."""
+    _reset()
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        values = flags | {"output_dir": f"{folder}/run", "logging_steps": WINDOW, "report_to": "none"}
+        metrics = Path(folder) / "run/metrics.jsonl"
+        if not parts:
+            with _silent():
+                code = job.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+        else:
+            with watch.inside(job), _silent():
+                code = job.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+        if code:
+            raise RuntimeError(f"train_ist.py ended with {code} in arm {flags}")
+        lines = [line for line in read_lines(metrics) if "loss" in line][1:]
+        peak = lines[-1]["peak_memory_bytes"]
+    total = statistics.mean(line["step_seconds"] for line in lines)
+    steps = WINDOW * len(lines)
+    seconds = {part: value / steps for part, value in watch.seconds.items()}
+    # The probe's forwards go through the same loss function, and begin_step holds the probe.
+    if parts:
+        seconds["begin_step"] -= seconds.get("probe", 0.0)
+        if flags.get("probe", "full") == "full":
+            seconds["forward"] -= seconds.get("probe", 0.0)
+    return {"total": total, "peak_memory_bytes": peak, **seconds}
+
+
+def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, device: torch.device) -> dict[str, float]:
+    """Plain PEFT as one would write it down: forward, backward, clip, AdamW."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0)
+    stream = GlobalBatches(len(rows), args.per_device_train_batch_size, args.seed)
+    seconds: dict[str, float] = defaultdict(float)
+    for step in range(args.max_steps):
+        if step == WINDOW:
+            synchronize()
+            start = time.perf_counter()
+        (batch,) = micro_batches(rows, stream.rows(step), args.per_device_train_batch_size, 0, 1, pad)
+        batch = {key: tensor.to(device) for key, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    synchronize()
+    seconds["total"] = (time.perf_counter() - start) / (args.max_steps - WINDOW)
+    return dict(seconds)
+
+
+class _Clock(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == WINDOW:
+            synchronize()
+            self.start = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.seconds = (time.perf_counter() - self.start) / (state.global_step - WINDOW)
+
+
+def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, device: torch.device) -> dict[str, float]:
+    _reset()
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        training = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            max_steps=args.max_steps,
+            learning_rate=args.learning_rate,
+            bf16=args.bf16,
+            seed=args.seed,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=WINDOW,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+        )
+
+        def pad_rows(batch: list[dict]) -> dict[str, torch.Tensor]:
+            return collate([row["input_ids"] for row in batch], [row["labels"] for row in batch], pad)
+
+        Trainer(model=model, args=training, train_dataset=rows, data_collator=pad_rows, callbacks=[clock]).train()
+    return {"total": clock.seconds}
+
+
+def arguments_of(job, flags: dict) -> Namespace:
+    """The arguments of a run of train_ist.py, resolved as it does."""
+    argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    *groups, _ = parse_arguments(job.ARGUMENTS, argv, "")
+    return Namespace(**{key: value for group in groups for key, value in vars(group).items()})
+
+
+def measure_speed(flags: dict, arms: Sequence[str], rounds: int, say: Callable[[str], None]) -> dict[str, list[dict]]:
+    """{arm: [seconds per step and parts, one for each round]}, and "flops": of one step of plain PEFT."""
+    job, results = _train_ist(), {arm: [] for arm in arms}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for turn in range(rounds):
+        for arm in arms:
+            settings = flags | ARMS[arm] | {"seed": turn}
+            if arm in ("bare loop", "transformers.Trainer"):
+                args = arguments_of(job, settings)
+                _reset()
+                with _silent():
+                    Accelerator()
+                    plan_layers(args, sharded=False)
+                    data = prepare_data(args)
+                    model = load_model(args, make_peft_config(args), device).to(device)
+                run = run_bare if arm == "bare loop" else run_trainer
+                result = run(args, model, data.rows, data.pad_token_id, device)
+                del model
+            else:
+                result = run_ours(job, settings, parts=False)
+                parts = run_ours(job, settings, parts=True)
+                result |= {key: value for key, value in parts.items() if key not in ("total", "peak_memory_bytes")}
+            results[arm].append(result)
+            say(f"round {turn + 1}/{rounds}  {arm}: {100 * result['total']:.1f} s per 100 steps")
+    return results
+
+
+def count_flops(flags: dict) -> dict[str, float]:
+    """FLOPs of the matrix products of one forward, and of its backward with all layers trained; counted, not timed."""
+    job = _train_ist()
+    args = arguments_of(job, flags)
+    _reset()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _silent():
+        Accelerator()
+        plan_layers(args, sharded=False)
+        data = prepare_data(args)
+        model = load_model(args, make_peft_config(args), device).to(device)
+    indices = GlobalBatches(len(data.rows), args.per_device_train_batch_size, 0).rows(0)
+    (batch,) = micro_batches(data.rows, indices, args.per_device_train_batch_size, 0, 1, data.pad_token_id)
+    batch = {key: tensor.to(device) for key, tensor in batch.items()}
+    with FlopCounterMode(display=False) as forward:
+        loss = job.token_loss_sum(model, batch)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    return {
+        "forward": forward.get_total_flops(),
+        "backward": backward.get_total_flops(),
+        "tokens": batch["labels"].numel(),
+    }
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048, seconds: float = 2.0) -> float:
+    """FLOP/s of square matrix products of that size, the best of several on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one, two = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, start = 0.0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        synchronize()
+        begin = time.perf_counter()
+        one @ two
+        synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def make_geometry(folder: Path, n_layers: int, tokenizer: Path, **shape) -> Path:
+    """A random Llama of a given shape, with the tokenizer of another folder."""
+    from transformers import AutoTokenizer
+
+    vocabulary = len(AutoTokenizer.from_pretrained(tokenizer))
+    config = LlamaConfig(num_hidden_layers=n_layers, vocab_size=vocabulary, tie_word_embeddings=True, **shape)
+    torch.manual_seed(0)
+    with _silent():
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} … {max(values):.3g})"
+
+
+def speed_table(results: dict[str, list[dict]]) -> list[list[str]]:
+    """Rows of the speed table: seconds per 100 steps by part, and the ratio to the bare loop of the same round."""
+    rows = []
+    bare = [result["total"] for result in results.get("bare loop", [])]
+    for arm, runs in results.items():
+        cells = []
+        for part in ("forward", "backward", "optimizer", "probe", "begin_step", "total"):
+            values = [100 * run[part] for run in runs if part in run]
+            cells.append(spread(values) if part == "total" else f"{statistics.median(values):.3g}" if values else "")
+        ratios = [run["total"] / one for run, one in zip(runs, bare)] if bare else []
+        rows.append([arm, *cells, spread(ratios) if ratios else ""])
+    return rows
+
+
+def probe_agreement(flags: dict, say: Callable[[str], None]) -> list[dict]:
+    """At each update of a run of ist with the full probe: per-layer rewards of each probe, on identical candidates."""
+    job, seen = _train_ist(), []
+    rows = int(flags["per_device_train_batch_size"])
+    update = SparseTuner.update_importance
+
+    def watched(tuner: SparseTuner, step: int) -> dict:
+        def first_rows(step: int) -> Iterator[dict[str, torch.Tensor]]:
+            """What a cheap probe takes: of the rows of a full one the first eighth."""
+            batch, left = next(iter(batches(step))), max(1, rows // CHEAP)
+            yield {key: value[:left] for key, value in batch.items()}
+
+        record, batches = {"step": step, "rewards": {}, "seconds": {}}, tuner.batches
+        scores, config = tuner.rule.scores.clone(), tuner.config
+        for probe in ("cheap", "gradient", "full"):  # the full one last: its scores stay
+            tuner.rule.scores = scores.clone()
+            tuner.config, tuner.batches = replace(config, probe=probe), first_rows
+            line = update(tuner, step)
+            kept = torch.tensor([[float(i in c) for i in range(len(scores))] for c in line["candidates"]])
+            record["rewards"][probe] = (torch.tensor(line["rewards"]) @ kept).tolist()
+            record["seconds"][probe] = line["probe_seconds"]
+        tuner.config, tuner.batches = config, batches
+        seen.append(record)
+        say(f"update at step {step}: {json.dumps(record['seconds'])}")
+        return line
+
+    SparseTuner.update_importance = watched
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _reset()
+            values = flags | {"output_dir": f"{folder}/run", "report_to": "none", "selection": "ist"}
+            code = job.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+    finally:
+        SparseTuner.update_importance = update
+    if code:
+        raise RuntimeError(f"train_ist.py ended with {code}")
+    return seen
+
+
+def rank_correlation(seen: list[dict], probe: str, draws: int = 2000) -> tuple[float, list[float]]:
+    """(Spearman's rho of a probe's per-layer rewards with the full probe's, its 95 % interval by bootstrap of updates).
+
+    Rho of each update, then the mean over updates.
+    """
+
+    def ranks(values: list[float]) -> np.ndarray:
+        values = np.array(values)
+        return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
+
+    rhos = [np.corrcoef(ranks(one["rewards"][probe]), ranks(one["rewards"]["full"]))[0, 1] for one in seen]
+    generator = np.random.default_rng(0)
+    means = [np.mean(generator.choice(rhos, size=len(rhos))) for _ in range(draws)]
+    return float(np.mean(rhos)), np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def communicate(flags: dict) -> None:
+    """On each rank of a launch: train, and rank 0 prints {collective: [calls, bytes] per step} as one line of JSON."""
+    job = _train_ist()
+    begin_step = SparseTuner.begin_step
+    with Traffic() as traffic:
+
+        def begin(tuner: SparseTuner, step: int) -> dict | None:
+            traffic.steps.append({})
+            update = begin_step(tuner, step)
+            sizes = [parameter.numel() * parameter.element_size() for parameter in tuner.trained_parameters()]
+            traffic.steps[-1]["trained layers"] = [len(tuner.trained), sum(sizes)]
+            everything = [p.numel() * p.element_size() for layer in tuner.layers.parameters for p in layer]
+            traffic.steps[-1]["all layers"] = [tuner.layers.n_layers, sum(everything)]
+            return update
+
+        SparseTuner.begin_step = begin
+        try:
+            with _silent():
+                code = job.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
+        finally:
+            SparseTuner.begin_step = begin_step
+    if code:
+        raise RuntimeError(f"train_ist.py ended with {code}")
+    if os.environ.get("RANK", "0") == "0":
+        print("traffic: " + json.dumps(traffic.steps))
+
+
+def measure_communication(flags: dict, topology: str, ranks: int) -> list[dict]:
+    """What travels at each step of a run of train_ist.py on `ranks` processes, from a launch of its own."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(root / f"accelerate_configs/{topology}.yaml"), "--num_processes", str(ranks)]
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if torch.cuda.device_count() < ranks:  # processes on the CPU; FSDP is on there by the tests' means only
+        command += [str(root / "tests/fsdp_on_cpu.py")]
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    else:
+        command += ["-m"]
+    with tempfile.TemporaryDirectory() as folder:
+        values = flags | {"output_dir": f"{folder}/run", "report_to": "none"}
+        command += ["ist.benchmark", "rank", "--flags", json.dumps({key: str(value) for key, value in values.items()})]
+        done = subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the launch ended with {done.returncode}: {done.stderr[-2000:]}")
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("traffic: "))
+    return json.loads(line.removeprefix("traffic: "))
