@@ -35,7 +35,7 @@ from ist.config import CHEAP, parse_arguments
 from ist.data import GlobalBatches, collate, micro_batches, prepare_data
 from ist.distributed import Traffic
 from ist.model import load_model, make_peft_config, plan_layers
-from ist.report import read_lines
+from ist.report import RunRecord, read_lines
 from ist.tuner import SparseTuner
 
 WINDOW = 10  # steps: one importance update at the default interval
@@ -96,6 +96,8 @@ class Stopwatch:
             (Accelerator, "clip_grad_norm_", "optimizer"),
             (AcceleratedOptimizer, "step", "optimizer"),
             (SparseTuner, "update_importance", "probe"),
+            (RunRecord, "importance", "begin_step"),
+            (RunRecord, "metrics", "begin_step"),
             (SparseTuner, "begin_step", "begin_step"),
         ]
         originals = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
@@ -406,8 +408,8 @@ def communicate(flags: dict) -> None:
         print("traffic: " + json.dumps(traffic.steps))
 
 
-def measure_communication(flags: dict, topology: str, ranks: int) -> list[dict]:
-    """What travels at each step of a run of train_ist.py on `ranks` processes, from a launch of its own."""
+def measure_communication(flags: dict, topology: str, ranks: int) -> tuple[list[dict], float]:
+    """(what travels at each step of train_ist.py on `ranks` processes, seconds per step), from a launch of its own."""
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(root / f"accelerate_configs/{topology}.yaml"), "--num_processes", str(ranks)]
@@ -421,7 +423,56 @@ def measure_communication(flags: dict, topology: str, ranks: int) -> list[dict]:
         values = flags | {"output_dir": f"{folder}/run", "report_to": "none"}
         command += ["ist.benchmark", "rank", "--flags", json.dumps({key: str(value) for key, value in values.items()})]
         done = subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the launch ended with {done.returncode}: {done.stderr[-2000:]}")
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("traffic: "))
-    return json.loads(line.removeprefix("traffic: "))
+        if done.returncode:
+            raise RuntimeError(f"the launch ended with {done.returncode}: {done.stderr[-2000:]}")
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("traffic: "))
+        seconds = [line["step_seconds"] for line in read_lines(Path(folder) / "run/metrics.jsonl")][-1]
+    return json.loads(line.removeprefix("traffic: ")), seconds
+
+
+def communication_row(name: str, steps: list[dict]) -> list[str]:
+    """A row of the table: calls and bytes of each collective per step, and gradients' share of the adapter's bytes."""
+    gradients = [
+        sum(step.get(c, [0, 0])[1] for c in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single"))
+        for step in steps
+    ]
+    ratio = [one / step["all layers"][1] for one, step in zip(gradients, steps)]
+    trained = [step["trained layers"][0] / step["all layers"][0] for step in steps]
+    names = sorted({key for step in steps for key in step} - {"trained layers", "all layers"})
+    counted = (
+        f"{c}: {statistics.mean(step.get(c, [0, 0])[0] for step in steps):.1f} calls, "
+        f"{statistics.mean(step.get(c, [0, 0])[1] for step in steps) / 1e3:.1f} kB"
+        for c in names
+    )
+    return [name, "; ".join(counted), f"{statistics.mean(ratio):.4f}", f"{statistics.mean(trained):.4f}"]
+
+
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+def measure_scale(flags: dict, tokenizer: Path, layers: Sequence[int], say: Callable[[str], None]) -> list[list[str]]:
+    """Rows of the scale table: what a step costs, and the share of the method's own bookkeeping, as things grow.
+
+    Bookkeeping is all that is neither a forward, a backward nor the optimizer: draws, switching, digest, records.
+    """
+    job, rows = _train_ist(), []
+
+    def row(name: str, **settings) -> None:
+        result = run_ours(job, flags | settings, parts=True)
+        own = result["begin_step"] / result["total"]
+        rows.append(
+            [name, f"{1e3 * result['total']:.0f}", f"{1e3 * result['probe']:.1f}", f"{1e3 * result['begin_step']:.2f}"]
+        )
+        rows[-1].append(f"{100 * own:.2f} %")
+        say(" | ".join(rows[-1]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        for n_layers in layers:
+            model = make_geometry(Path(folder) / str(n_layers), n_layers, tokenizer, **SHAPE)
+            row(f"{n_layers} layers", model_name_or_path=model)
+        smallest = {"model_name_or_path": Path(folder) / str(layers[0])}
+        for candidates in (2, 6):
+            row(f"{layers[0]} layers, {candidates} candidates", candidates=candidates, **smallest)
+        for interval in (2, 5):
+            row(f"{layers[0]} layers, an update every {interval} steps", update_interval=interval, **smallest)
+    return rows
