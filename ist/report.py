@@ -10,7 +10,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,24 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "world_size": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
     }
+
+
+def publish(
+    file: Path, command: str, accelerator: Accelerator, table: str, readme: Path | None = None, **result: Any
+) -> None:
+    """Write a result as JSON, with command, date, versions, commit and hardware, and its table into a README.
+
+    There the table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the file.
+    """
+    facts = environment(accelerator)
+    head = {"command": command, "date": datetime.now(UTC).date().isoformat()}
+    head |= {key: facts[key] for key in ("versions", "commit", "hardware")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, head | result)
+    if readme:
+        before, rest = readme.read_text().split(f"<!-- {file.stem} -->\n")
+        after = rest.split(f"<!-- /{file.stem} -->\n")[1]
+        readme.write_text(f"{before}<!-- {file.stem} -->\n{table}\n<!-- /{file.stem} -->\n{after}")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -458,11 +476,13 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     return {"tasks": tasks, "accuracy": accuracy, "differences": differences}
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+
+
 def comparison_table(comparison: dict) -> str:
     """Markdown: accuracy in percent with its spread over seeds, differences in points with their 95 % intervals."""
-
-    def table(header: list[str], rows: list[list[str]]) -> list[str]:
-        return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
 
     def percent(cell: dict) -> str:
         return f"{100 * cell['mean']:.1f}" + ("" if cell["std"] is None else f" ± {100 * cell['std']:.1f}")
@@ -472,14 +492,17 @@ def comparison_table(comparison: dict) -> str:
     for row in comparison["accuracy"]:
         cells = [percent(row["accuracy"][column]) for column in columns]
         rows.append([row["model"], row["arm"], str(len(row["files"])), *cells, ", ".join(row["files"])])
-    lines = table(["model", "arm", "seeds", *columns, "from"], rows)
+    lines = markdown_table(["model", "arm", "seeds", *columns, "from"], rows)
     rows = []
     for row in comparison["differences"]:
         cells = [f"{100 * row['difference'][column]:+.1f}" for column in columns]
         interval = " … ".join(f"{100 * end:+.1f}" for end in row["interval"])
         rows.append([row["model"], row["arms"], str(len(row["seeds"])), *cells, interval, ", ".join(row["files"])])
     if rows:
-        lines += ["", *table(["model", "points", "seeds", *columns, "95 % interval of the average", "from"], rows)]
+        lines += [
+            "",
+            *markdown_table(["model", "points", "seeds", *columns, "95 % interval of the average", "from"], rows),
+        ]
     return "\n".join(lines)
 
 

@@ -36,10 +36,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ist.checkpoint import write_json
+from ist import report
 from ist.config import UsageError, brief
 from ist.layers import LayerMap
-from ist.report import environment
 from ist.suppression import measuring, suppress
 from ist.tuner import SparseTuner
 
@@ -491,16 +490,10 @@ def as_table(answers: dict[str, dict[str, str]]) -> str:
 
 
 def publish(name: str, table: str, **result) -> None:
-    """Write launch/results/NAME.json, with date, commit, hardware and seed, and put the table into the README."""
+    """launch/results/NAME.json, and its table in the README."""
     reset_accelerate()
-    facts = environment(Accelerator(cpu=True))
-    head = {"command": f"python tests/{name}.py", "date": time.strftime("%Y-%m-%d"), "seed": 42}
-    head |= {key: facts[key] for key in ("versions", "commit", "hardware")}
-    write_json(ROOT / f"launch/results/{name}.json", head | result)
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(f"<!-- {name} -->\n")
-    after = rest.split(f"<!-- /{name} -->\n")[1]
-    readme.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->\n{after}")
+    file, command = ROOT / f"launch/results/{name}.json", f"python tests/{name}.py"
+    report.publish(file, command, Accelerator(cpu=True), table, ROOT / "README.md", seed=42, **result)
 
 
 def main() -> None:
