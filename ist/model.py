@@ -5,6 +5,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -405,12 +406,15 @@ def load_skeleton(args: Namespace, peft_config: PeftConfig | None, config: Pretr
     """
     if args.load_in_4bit:
         quantization = _quantization(args)
-        base = _skeleton(args, config, dtype=quantization.bnb_4bit_compute_dtype)
+        dtype = quantization.bnb_4bit_compute_dtype
+        base = _skeleton(args, config, dtype=dtype)
         replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
+        for parameter in base.parameters():
+            parameter.data = parameter.data.to(dtype)
         base.is_loaded_in_4bit = True  # as transformers marks it for PEFT
     else:
         base = _skeleton(args, config, **({} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}))
-    return _made_to_train(base, args, peft_config, low_cpu_mem_usage=True)
+    return _made_to_train(base, args, deepcopy(peft_config), low_cpu_mem_usage=True)
 
 
 def _made_to_train(base: nn.Module, args: Namespace, peft_config: PeftConfig | None, **options) -> nn.Module:

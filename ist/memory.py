@@ -1,0 +1,376 @@
+"""What one training step keeps in memory, by part, counted operation by operation; without a device, if need be.
+
+The step itself is run, by the same functions as in training: forward with `token_loss_sum`, backward, clipping,
+optimizer. A storage counts from the operation that makes it to the moment its last reference goes. On fake tensors
+nothing is allocated or computed, so that a 13B model is counted in seconds; on real ones the same code counts what is
+there, which is how the tests know that both agree.
+
+Not counted, as no operation of torch makes it: the workspace inside a kernel (cuBLAS, attention), the CUDA context,
+what the allocator keeps in reserve, rounding to its blocks.
+"""
+
+import math
+import weakref
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PretrainedConfig, masking_utils
+
+from ist.config import ISTConfig
+from ist.layers import LayerMap
+from ist.model import load_skeleton, make_optimizer
+from ist.selection import SemanticFreezing, make_rule
+from ist.selection.rule import SelectionRule
+from ist.tuner import token_loss_sum
+
+PARTS = ("weights", "optimizer", "gradients", "saved", "temporary")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within the context, every storage that an operation makes: when, how large, and when it goes.
+
+    torch's own MemTracker stops at the first frozen parameter ("cannot register a hook on a tensor that doesn't
+    require gradient"), and frozen parameters are what this project is about.
+
+    Attributes:
+        events: [(number of the storage, its bytes when made, minus its bytes when freed)], in order.
+    """
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        """`there`: tensors from before, whose storages are not counted."""
+        super().__init__()
+        self.events: list[tuple[int, int]] = []
+        self._numbers = WeakIdKeyDictionary()
+        self._watches: list[weakref.ref] = []
+        for tensor in there:
+            self._numbers[tensor.untyped_storage()] = -1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.number(value)
+        return result
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of the tensor's storage; -1 for one from before."""
+        storage = tensor.untyped_storage()
+        if storage not in self._numbers:
+            number, size = len(self._watches), storage.nbytes()
+            self._numbers[storage] = number
+            self.events.append((number, size))
+            self._watches.append(weakref.ref(storage, lambda _: self.events.append((number, -size))))
+        return self._numbers[storage]
+
+    def alive(self) -> dict[int, int]:
+        """{number: bytes} of what is there now."""
+        return _alive(self.events)
+
+
+def _alive(events: Sequence[tuple[int, int]]) -> dict[int, int]:
+    alive: dict[int, int] = {}
+    for number, size in events:
+        if size >= 0:
+            alive[number] = size
+        else:
+            del alive[number]
+    return alive
+
+
+@dataclass
+class StepMemory:
+    """Bytes of one optimizer step on one device.
+
+    Attributes:
+        weights: parameters, adapters among them, and buffers.
+        optimizer: state of all that ever trains.
+        gradients: of what trains at this step, all there.
+        saved: what the forward leaves for the backward, log-probabilities included.
+        moments: {"forward", "backward", "optimizer step": {part: bytes}}, the parts where their sum is largest in it;
+            `temporary` is what is in no other part: logits and their gradient, gradients of activations, what
+            checkpointing computes anew, unpacked 4-bit weights.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    saved: int
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def moment(self) -> str:
+        """When the peak is."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        return self.moments[self.moment]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"peak": self.peak, "moment": self.moment}
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    return sum({id(storage): storage.nbytes() for storage in [t.untyped_storage() for t in tensors]}.values())
+
+
+def weight_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and what belongs to 4-bit weights: scales of 64 weights each, scales of 256 of those."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in [tensor.quant_state for tensor in tensors if hasattr(tensor, "quant_state")]:
+        tensors += [value for part in (vars(state), vars(state.state2)) for value in part.values()]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+class StepCounter:
+    """Counts steps of one model on one batch.
+
+    Args:
+        model: in train mode; its weights are overwritten.
+        args: the arguments of a run; of them `optim`, `max_grad_norm`, `bf16` and `layer_stack` matter here.
+        batch: input_ids, attention_mask, labels [B, T].
+        like_gpu: count the optimizer step as GPUs do it: for all parameters at once.
+    """
+
+    def __init__(self, model: nn.Module, args: Namespace, batch: dict[str, Tensor], like_gpu: bool) -> None:
+        self.model, self.batch = model, batch
+        self.max_grad_norm = args.max_grad_norm or math.inf
+        self.layers = LayerMap(model, args.layer_stack)
+        self.outside = [model.get_parameter(name) for name in self.layers.outside]
+        if args.bf16:  # as accelerate does it
+            autocast = torch.autocast(batch["labels"].device.type, dtype=torch.bfloat16)
+            model.forward = convert_outputs_to_fp32(autocast(model.forward))
+        self.weights = storage_bytes(weight_tensors(model))
+        self.trainable = parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = None
+        self.optimizer_bytes = sum(map(_eight_bit_state_bytes, parameters)) + 2 * 256 * 4
+        if args.optim == "adamw_torch":
+            self.optimizer = make_optimizer(args, parameters)
+            for group in self.optimizer.param_groups:
+                group["foreach"] = True if like_gpu and not group.get("fused") else group["foreach"]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.optimizer_bytes = storage_bytes(_state_tensors(self.optimizer))
+
+    def train(self, trained: Sequence[int]) -> list[nn.Parameter]:
+        """Let the layers `trained` train, and no others; the parameters that train."""
+        for i, parameters in enumerate(self.layers.parameters):
+            for parameter in parameters:
+                parameter.requires_grad_(i in trained)
+        return [parameter for i in trained for parameter in self.layers.parameters[i]] + self.outside
+
+    def _watch(self) -> LiveBytes:
+        state = _state_tensors(self.optimizer) if self.optimizer else []
+        return LiveBytes([*weight_tensors(self.model), *state, *self.batch.values()])
+
+    def saved(self, trained: Sequence[int]) -> int:
+        """Bytes that the forward leaves for the backward when the layers `trained` train."""
+        self.train(trained)
+        with self._watch() as live:
+            loss = token_loss_sum(self.model, self.batch)
+            saved = live.alive()
+        return sum(saved.values()) - loss.nbytes
+
+    def step(self, trained: Sequence[int]) -> StepMemory:
+        """The memory of an optimizer step in which the layers `trained` train, all having trained before."""
+        parameters = self.train(trained)
+        with self._watch() as live:
+            loss = token_loss_sum(self.model, self.batch)
+            forward_end, saved = len(live.events), live.alive()
+            del saved[live.number(loss)]
+            loss.backward()
+            backward_end = len(live.events)
+            gradients = {live.number(parameter.grad) for parameter in parameters if parameter.grad is not None}
+            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            if self.optimizer:
+                self.optimizer.step()
+        events = list(live.events)
+        for parameter in parameters:
+            parameter.grad = None
+
+        def at_most(start: int, end: int) -> dict[str, int]:
+            """The parts at the moment between two events when their sum is largest."""
+            totals = list(accumulate(size for _, size in events[:end]))
+            at = max(range(start, end), key=totals.__getitem__, default=0)
+            parts = dict.fromkeys(PARTS, 0) | {"weights": self.weights, "optimizer": self.optimizer_bytes}
+            for number, size in _alive(events[: at + 1]).items():
+                parts["gradients" if number in gradients else "saved" if number in saved else "temporary"] += size
+            return parts
+
+        made = {number: size for number, size in events if size >= 0}
+        ends = {"forward": forward_end, "backward": backward_end, "optimizer step": len(events)}
+        moments = {name: at_most(start, end) for (name, end), start in zip(ends.items(), (0, *ends.values()))}
+        reached = sum(made[number] for number in gradients)
+        return StepMemory(self.weights, self.optimizer_bytes, reached, sum(saved.values()), moments)
+
+
+def _eight_bit_state_bytes(parameter: Tensor) -> int:
+    """bitsandbytes' 8-bit AdamW: two moments of a byte each, a float32 scale for 256; small tensors in float32."""
+    if parameter.numel() < 4096:
+        return 8 * parameter.numel()
+    return 2 * (parameter.numel() + 4 * math.ceil(parameter.numel() / 256))
+
+
+@dataclass
+class SavedByLayer:
+    """What the forward saves is a sum over layers, each of one of four kinds; exact where all layers are alike.
+
+    Below the lowest layer that trains nothing is saved. `head` is what the lowest trained layer saves together with
+    what lies above all layers; a layer above it saves `trained` or `frozen` bytes.
+    """
+
+    head: int
+    trained: int
+    frozen: int
+
+    @classmethod
+    def solved(cls, everything: int, lowest: int, last: int, n_layers: int, count: int) -> "SavedByLayer":
+        """From the bytes saved when all of `n_layers` layers train; when `count` do, layer 0 and the topmost others;
+        when the last `count` do."""
+        if count == n_layers:
+            return cls(everything, 0, 0)
+        resting = n_layers - count
+        trained, frozen = round((everything - last) / resting), round((lowest - last) / resting)
+        return cls(last - (count - 1) * trained, trained, frozen)
+
+    def saved(self, trained: Sequence[int], n_layers: int) -> int:
+        """Bytes saved when the layers `trained` of a model with `n_layers` train."""
+        others = len(trained) - 1
+        return self.head + others * self.trained + (n_layers - 1 - min(trained) - others) * self.frozen
+
+
+def layers_that_train(config: ISTConfig, n_layers: int, steps: int = 1000) -> tuple[list[list[int]], list[int]]:
+    """(the layers of each of `steps` steps as they are drawn before anything is learned, the costliest ones).
+
+    The costliest reach down to the lowest layer that any step trains, so that the whole graph above it is kept, and
+    are otherwise the topmost, whose gradients come first. A semantic boundary is taken to be the lowest one possible.
+    """
+    rule: SelectionRule = make_rule(n_layers, config)
+    if isinstance(rule, SemanticFreezing):  # gains that fall so fast that the lowest boundary allowed has the largest
+        rule.see([math.exp(sum(-(4.0**-i) for i in range(space))) for space in range(n_layers + 1)])
+    draws = [rule.trained(step) for step in range(steps)]
+    lowest, count = min(map(min, draws)), max(map(len, draws))
+    if all(draw == draws[0] for draw in draws):
+        return draws, draws[0]
+    return draws, sorted({lowest, *range(n_layers - count + 1, n_layers)})
+
+
+# --------------------------------------------------------------------------------------------- models without weights
+
+
+def materialise(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Give a skeleton zeros for weights, on `device`; ties stay ties, and 4-bit weights are packed."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = (tensor, _zeros(module, name, tensor, device))
+                tensors[name] = made[id(tensor)][1]
+    return model
+
+
+def _zeros(module: nn.Module, name: str, tensor: Tensor, device: torch.device | str) -> Tensor:
+    zeros, state = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device), None
+    if isinstance(module, Linear4bit) and name == "weight":
+        keys = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        kept = {key: getattr(tensor, key) for key in keys}
+        zeros, state = quantize_4bit(zeros, **kept)
+    if isinstance(tensor, nn.Parameter):
+        zeros = nn.Parameter(zeros, requires_grad=tensor.requires_grad)
+    if state is not None:
+        zeros.quant_state = state
+    return zeros
+
+
+def make_batch(rows: int, length: int, padded: bool, device: torch.device | str) -> dict[str, Tensor]:
+    """A batch of any tokens, [rows, length]; `padded`: one token of it is padding, so that a mask must be made."""
+    mask = torch.ones(rows, length, dtype=torch.long, device=device)
+    if padded:
+        mask[-1, -1] = 0
+    tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.clone()}
+
+
+def _native_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+@contextmanager
+def _without_a_device(padded: bool, like_gpu: bool) -> Iterator[None]:
+    """Fake tensors, and what is decided by values or by device decided as real ones would.
+
+    transformers looks whether a mask masks anything, and takes a fake one for a masking one. For `like_gpu`: GPUs keep
+    a byte for each element that dropout saw, where CPUs keep a float; and their attention kernels apply dropout
+    themselves, where CPUs fall back to one that keeps all attention weights.
+    """
+    attention = nn.functional.scaled_dot_product_attention
+
+    def without_dropout(*args, **kwargs):
+        return attention(*args, **(kwargs | {"dropout_p": 0.0}))
+
+    quantize_4bit(torch.zeros(64), compress_statistics=True)  # its tables are cached, and must not be fake ones
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(patch.object(masking_utils, "is_tracing", lambda tensor=None: False))
+        stack.enter_context(patch.object(masking_utils, "fast_all", lambda mask: not padded))
+        if like_gpu:
+            stack.enter_context(patch.object(nn.functional, "dropout", _native_dropout))
+            stack.enter_context(patch.object(nn.functional, "scaled_dot_product_attention", without_dropout))
+        yield
+
+
+@contextmanager
+def counting(
+    args: Namespace,
+    peft_config: PeftConfig | None,
+    config: PretrainedConfig,
+    shape: tuple[int, int],
+    padded: bool = False,
+    like_gpu: bool = True,
+    half: bool = False,
+) -> Iterator[StepCounter]:
+    """A counter of steps of the model that `args` describe, on batches of `shape`, with nothing allocated.
+
+    Fake tensors are those of a CPU, so attention is counted as its kernels do it: sdpa, and flash_attention_2 in its
+    stead, keep q, k, v, the output and a number per row and head, as those of a GPU do. `half`: all weights are
+    bfloat16 where they are computed with, as FSDP gathers them for mixed precision.
+
+    Raises:
+        UsageError: the adapter cannot be made without weights.
+    """
+    if args.attn_implementation == "flash_attention_2":
+        args = Namespace(**vars(args) | {"attn_implementation": "sdpa"})
+    skeleton = load_skeleton(args, peft_config, config)
+    for parameter in skeleton.parameters() if half else ():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    with _without_a_device(padded, like_gpu):
+        yield StepCounter(materialise(skeleton, "cpu"), args, make_batch(*shape, padded, "cpu"), like_gpu)
