@@ -4,13 +4,25 @@
 
 `memory` counts bytes by part for the paper's models at their true shapes; nothing is allocated, so any machine will do.
 With --measure it also runs the steps on random weights, on the GPU if there is one, and puts the measured peak beside.
+
+    python -m ist.benchmark speed --model_name_or_path models/SmolLM2-135M-Instruct --output launch/results/speed.json
+    python -m ist.benchmark probe --model_name_or_path models/SmolLM2-135M-Instruct
+    python -m ist.benchmark communication --model_name_or_path models/SmolLM2-135M-Instruct
+    python -m ist.benchmark scale --model_name_or_path models/SmolLM2-135M-Instruct
+
+These train, on word problems made for it: `speed` runs arms in turn (plain PEFT in a bare loop, transformers.Trainer,
+and train_ist.py by several rules), `probe` compares cheaper probes with the full one on the same candidates,
+`communication` counts what travels between ranks, `scale` what the method's own bookkeeping costs as things grow.
 """
 
 import argparse
+import json
 import shlex
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +34,9 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-from ist.config import ISTConfig, run_command
+from ist import speed as timing
+from ist.config import ISTConfig, UsageError, require, run_command
+from ist.data import arithmetic_rows
 from ist.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
 from ist.model import load_skeleton, make_peft_config
 from ist.report import markdown_table, publish
@@ -208,6 +222,90 @@ def memory(options: Namespace, command: str) -> None:
     finish(options, command, memory_table(records), records=records)
 
 
+@contextmanager
+def training_flags(options: Namespace) -> Iterator[dict[str, Any]]:
+    """The keys of train_ist.py of a short run on word problems, several to a row so that all have --length tokens."""
+    if not (Path(options.model_name_or_path) / "config.json").exists():
+        raise UsageError(f"--model_name_or_path must be a folder with a model; got {options.model_name_or_path}.")
+    require(options.steps >= 2 * timing.WINDOW, "steps", f"{2 * timing.WINDOW} or more", options.steps)
+    problems = arithmetic_rows(4096, seed=1, held_out=False)
+    # A token is some four characters of such text; more of them than needed are cut.
+    count = max(1, 6 * options.length // len(problems[0]["instruction"] + problems[0]["output"]) + 1)
+    rows = [problems[i : i + count] for i in range(0, len(problems), count)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        joined = ("\n".join(f"{problem['instruction']} {problem['output']}" for problem in row) for row in rows)
+        file.write_text(json.dumps([{"instruction": "Go on.", "output": text} for text in joined]))
+        yield {
+            **{"model_name_or_path": options.model_name_or_path, "train_file": file, "max_length": options.length},
+            **{"per_device_train_batch_size": options.rows, "max_steps": options.steps, "warmup_steps": 0},
+            **{"dtype": options.dtype, "bf16": options.bf16, "gradient_checkpointing": options.gradient_checkpointing},
+        }
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def speed(options: Namespace, command: str) -> None:
+    with training_flags(options) as flags:
+        results = timing.measure_speed(flags, options.arms, options.rounds, say)
+        flops = timing.count_flops(flags)
+    dtype = torch.bfloat16 if options.bf16 or options.dtype == "bfloat16" else torch.float32
+    rate = timing.matmul_rate(dtype)
+    header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range)", "/ bare loop (range)"]
+    floor = {key: 100 * flops[key] / rate for key in ("forward", "backward")}
+    rows = timing.speed_table(results)
+    rows.append(["floor: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor] + [""] * 3)
+    rows[-1] += [f"{sum(floor.values()):.3g}", ""]
+    shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, {options.rounds} rounds"
+    table = "\n".join([shape, "", *markdown_table(header, rows)])
+    finish(options, command, table, results=results, flops=flops, matmul_flops_per_second=rate)
+
+
+def probe(options: Namespace, command: str) -> None:
+    with training_flags(options) as flags:
+        flags |= {"learning_rate": 5e-4, "score_lr": 100, "update_interval": 5, "logging_steps": 5}
+        seen = timing.probe_agreement(flags, say)
+    rows = []
+    full = sum(one["seconds"]["full"] for one in seen)
+    for name in ("cheap", "gradient"):
+        rho, (low, high) = timing.rank_correlation(seen, name)
+        share = sum(one["seconds"][name] for one in seen) / full
+        rows.append([name, f"{rho:.2f}", f"{low:.2f} … {high:.2f}", f"{share:.3f}"])
+    header = ["probe", f"Spearman's rho, mean of {len(seen)} updates", "95 % interval", "seconds / full probe's"]
+    finish(options, command, "\n".join(markdown_table(header, rows)), updates=seen)
+
+
+def communication(options: Namespace, command: str) -> None:
+    rows, result = [], {}
+    with training_flags(options) as flags:
+        for topology in ("ddp", "fsdp2"):
+            for selection in ("all", "ist"):
+                name = f"{topology}, {selection}"
+                steps, _ = timing.measure_communication(flags | {"selection": selection}, topology, options.ranks)
+                result[name] = steps
+                rows.append(timing.communication_row(name, steps))
+                say(" | ".join(rows[-1]))
+    header = [f"{options.ranks} ranks", "per step", "gradient bytes / adapter bytes", "trained share of the layers"]
+    finish(options, command, "\n".join(markdown_table(header, rows)), steps=result)
+
+
+def scale(options: Namespace, command: str) -> None:
+    with training_flags(options) as flags:
+        rows = timing.measure_scale(flags, Path(options.model_name_or_path), options.layers, say)
+        for ranks in options.rank_counts:
+            _, seconds = timing.measure_communication(flags, "ddp", ranks)
+            rows.append([f"the model itself, {ranks} rank{'s' * (ranks > 1)}", f"{1e3 * seconds:.0f}", "", "", ""])
+            say(" | ".join(rows[-1]))
+    header = ["ist", "ms per step", "probes, ms per step", "bookkeeping, ms per step", "bookkeeping share"]
+    finish(options, command, "\n".join(markdown_table(header, rows)), rows=rows)
+
+
+def rank(options: Namespace, command: str) -> None:
+    timing.communicate(json.loads(options.flags))
+
+
 def finish(options: Namespace, command: str, table: str, **result: Any) -> None:
     """Print a subcommand's table; write JSON to --output, and the table into --readme."""
     print(table)
@@ -228,6 +326,33 @@ def main(argv: Sequence[str]) -> int:
     sub.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
     sub.add_argument("--length", type=int, default=1024, help="tokens of a row")
     sub.add_argument("--measure", action="store_true", help="also run the steps, on the GPU if there is one")
+    training = argparse.ArgumentParser(add_help=False)
+    training.add_argument("--model_name_or_path", required=True, metavar="DIR", help="of the model to train")
+    training.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    training.add_argument("--length", type=int, default=64, help="tokens of a row")
+    training.add_argument("--steps", type=int, default=20, help="of each run; the first ten are not counted")
+    training.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the base")
+    training.add_argument("--bf16", action="store_true", help="mixed precision")
+    training.add_argument("--gradient_checkpointing", action="store_true")
+    for function, text in (
+        (speed, "seconds by part of training steps, arm beside arm"),
+        (probe, "how well cheaper probes agree with the full one"),
+        (communication, "bytes and calls of each collective"),
+        (scale, "what grows with layers, ranks, candidates"),
+    ):
+        sub = subcommands.add_parser(function.__name__, parents=[shared, training], help=text)
+        sub.set_defaults(run=function)
+        if function is speed:
+            sub.add_argument("--arms", nargs="+", choices=timing.ARMS, default=list(timing.ARMS), metavar="ARM")
+            sub.add_argument("--rounds", type=int, default=3, help="turns of every arm")
+        if function is communication:
+            sub.add_argument("--ranks", type=int, default=2)
+        if function is scale:
+            sub.add_argument("--layers", nargs="+", type=int, default=[8, 16, 32, 64])
+            sub.add_argument("--rank_counts", nargs="*", type=int, default=[1, 2, 4], metavar="RANKS")
+    sub = subcommands.add_parser("rank", help=argparse.SUPPRESS)  # one rank of what `communication` launches
+    sub.add_argument("--flags")
+    sub.set_defaults(run=rank, output=None, readme=None)
     options = parser.parse_args(argv)
     if options.readme and not options.output:
         parser.error("--readme needs --output, whose name is that of the markers")

@@ -1,0 +1,92 @@
+"""The benchmark commands, small; what they count beside what must come out."""
+
+import json
+
+import pandas
+import pytest
+
+from ist import benchmark, speed
+from ist.config import UsageError
+
+
+def run(tiny, tmp_path, what, *options):
+    file = tmp_path / f"{what}.json"
+    shape = ("--model_name_or_path", str(tiny), "--rows", "2", "--length", "24")
+    assert benchmark.main([what, *shape, "--output", str(file), *options]) == 0
+    return json.loads(file.read_text())
+
+
+def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
+    result = run(tiny, tmp_path, "speed", "--rounds", "2", "--arms", "bare loop", "ist", "last")
+    assert list(result["results"]) == ["bare loop", "ist", "last"]
+    assert all(len(runs) == 2 and all(one["total"] > 0 for one in runs) for runs in result["results"].values())
+    assert result["commit"]
+    assert result["command"].startswith("python -m ist.benchmark speed")
+    for one in result["results"]["ist"]:
+        parts = sum(one[part] for part in ("forward", "backward", "optimizer", "probe", "begin_step"))
+        assert 0.3 * one["total"] < parts < 3 * one["total"]  # another run of the same steps, on a shared machine
+        assert one["begin_step"] < one["forward"]
+    assert "probe" not in result["results"]["last"][0]
+    # 2 x 24 tokens: 2 FLOPs for each weight of a linear layer, of the head, and of the adapters (45,056); attention on
+    # a CPU is not counted.
+    weights = 4 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64) + 32 * 400
+    assert result["flops"]["tokens"] == 48
+    assert result["flops"]["forward"] == 2 * 48 * (weights + 45_056)
+    out, err = capsys.readouterr()
+    assert "| ist |" in out
+    order = [line.split("  ")[1].split(":")[0] for line in err.splitlines() if line.startswith("round")]
+    assert order == ["bare loop", "ist", "last"] * 2
+
+
+def test_rank_correlation_is_spearmans():
+    seen = [
+        {"rewards": {"full": [0.1, 0.4, -0.2, 0.0, 0.3], "cheap": [0.2, 0.1, -0.5, 0.1, 0.3]}},
+        {"rewards": {"full": [1.0, 2.0, 3.0, 4.0, 4.0], "cheap": [4.0, 3.0, 2.0, 1.0, 0.0]}},
+    ]
+    expected = [pandas.DataFrame(one["rewards"]).corr("spearman").iloc[0, 1] for one in seen]
+    rho, (low, high) = speed.rank_correlation(seen, "cheap")
+    assert rho == pytest.approx(sum(expected) / 2)
+    assert (low, high) == pytest.approx((min(expected), max(expected)))
+
+
+def test_probes_are_compared_on_the_same_candidates(tiny, tmp_path):
+    result = run(tiny, tmp_path, "probe", "--rows", "8")
+    assert len(result["updates"]) == 3
+    for update in result["updates"]:
+        assert set(update["rewards"]) == {"full", "cheap", "gradient"}
+        assert all(len(rewards) == 4 for rewards in update["rewards"].values())
+        assert all(abs(sum(rewards)) < 1e-9 for rewards in update["rewards"].values())  # N_v layers in each set
+
+
+def test_bookkeeping_as_layers_grow(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        speed, "SHAPE", {**speed.SHAPE, "hidden_size": 36, "intermediate_size": 48, "num_key_value_heads": 3}
+    )
+    result = run(tiny, tmp_path, "scale", "--layers", "2", "5", "--rank_counts")
+    names = [row[0] for row in result["rows"]]
+    assert names[:2] == ["2 layers", "5 layers"]
+    assert len(names) == 6
+    assert all(float(row[3]) > 0 and row[4].endswith(" %") for row in result["rows"])
+
+
+@pytest.mark.slow
+def test_gradients_travel_in_the_share_of_trained_layers(tiny, tmp_path):
+    result = run(tiny, tmp_path, "communication")
+    for name, steps in result["steps"].items():
+        share = 1.0 if name.endswith("all") else 0.25
+        row = speed.communication_row(name, steps)
+        assert float(row[2]) == pytest.approx(share, rel=0.05)
+        assert float(row[3]) == share
+        assert ("reduce_scatter" in row[1]) == name.startswith("fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model_name_or_path", "nowhere"), "--model_name_or_path must be a folder with a model; got nowhere"),
+        (("--steps", "5"), "--steps must be 20 or more; got 5"),
+    ],
+)
+def test_bad_input(tiny, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        run(tiny, tmp_path, "speed", *options)
