@@ -63,7 +63,7 @@ from ist.report import (
     require_writable,
 )
 from ist.sampler import seeded_generator
-from ist.selection import make_rule
+from ist.selection import StepwiseUnmasking, make_rule
 from ist.suppression import measuring
 from ist.tuner import SparseTuner
 
@@ -252,6 +252,8 @@ def require_consistent(args: Namespace) -> None:
             raise UsageError(f"--{key} needs --validation_file or --validation_size.")
     if args.load_best_model_at_end and not args.eval_steps:
         raise UsageError("--load_best_model_at_end needs --eval_steps.")
+    if args.selection == "id3" and args.optim != "adamw_torch":
+        raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")
 
 
 class StopRequest:
@@ -297,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
     # Layers, from the model's configuration; then the run folder: this run's own, or free.
     sharded = accelerator.distributed_type == DistributedType.FSDP
     layers, model_config, vocabulary = plan_layers(args, sharded)
-    counts = make_rule(layers.n_layers, ist_config).counts
+    rule = make_rule(layers.n_layers, ist_config)
     resolve_output_dir(args, recipe)
     output_dir = Path(args.output_dir)
     checkpoint = ckpt.find_checkpoint(output_dir, args.resume_from_checkpoint)
@@ -325,6 +327,8 @@ def main(argv: Sequence[str]) -> int:
     max_steps = args.max_steps
     if max_steps == -1:
         max_steps = math.ceil(args.num_train_epochs * len(data.rows) / batch_size)
+    if isinstance(rule, StepwiseUnmasking) and layers.n_scalars:
+        rule.schedule(layers.n_scalars, max_steps)
     peft_config = make_peft_config(args, max_steps)
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     if args.peft_config:
@@ -340,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
         accelerator,
         configuration,
         **environment(accelerator),
-        **{"steps": 0, "max_steps": max_steps, "layers": layers.names, "layer_counts": counts._asdict()},
+        **{"steps": 0, "max_steps": max_steps, "layers": layers.names, "layer_counts": rule.counts._asdict()},
         **{"dropped_rows": data.dropped, "resumed_from": str(checkpoint[0]) if checkpoint else None},
         trained_counts=checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * layers.n_layers,
     )
@@ -430,6 +434,9 @@ def train(
         lambda step: loss_over(rows, probe_indices(step), args.probe_max_length),
         probe_batches,
     )
+    unmasking = tuner.rule if isinstance(tuner.rule, StepwiseUnmasking) else None
+    if unmasking:
+        unmasking.attach(parameters, optimizer.optimizer, max_steps)
     resting_state = RestingState(optimizer.optimizer, tuner.layers, args.optimizer_state)
     if args.torch_compile:
         for block in tuner.layers.blocks:
@@ -501,7 +508,12 @@ def train(
             f"{max(semantic['gains']):.3f}, that of the boundary "
             + (f"{semantic['gains'][semantic['boundary']]:.3f}" if semantic["boundary"] >= 0 else "none: no layer is")
         )
-    if tuner.layers.outside:
+    if unmasking:
+        accelerator.print(
+            f"id3: {unmasking.budget:,} of {unmasking.candidates:,} scalars are unmasked over {unmasking.steps} steps, "
+            f"{unmasking.unmasked:,} so far"
+        )
+    elif tuner.layers.outside:
         names = ", ".join(tuner.layers.outside[:5]) + (", …" if len(tuner.layers.outside) > 5 else "")
         accelerator.print(f"In no layer, or shared by several, so trained at every step: {names}")
         if args.selection in ("last", "semantic", "semantic+ist"):
@@ -598,6 +610,8 @@ def train(
         reducer.finish()
         if allocation:
             allocation.add_regularization()
+        if unmasking:
+            unmasked = unmasking.unmask(step)
         grad_norm = accelerator.clip_grad_norm_(tuner.trained_parameters(), args.max_grad_norm or math.inf)
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
@@ -628,6 +642,7 @@ def train(
                     "learning_rate": learning_rate,
                     "tokens": tokens,
                     "trained_layers": tuner.trained,
+                    **({"unmasked_scalars": unmasked} if unmasking else {}),
                     "step_seconds": step_seconds,
                     "tokens_per_second": window_tokens / window_seconds,
                     "peak_memory_bytes": peak_memory_bytes(device),
@@ -649,6 +664,8 @@ def train(
     stop_agreed.close()
 
     facts = {"steps": finished, "trained_counts": tuner.trained_counts, "best": best}
+    if unmasking:
+        facts["id3"] = unmasking.summary(tuner.layers.parameters)
     require_finite_adapter()
     if finished < max_steps:
         if saved != finished:

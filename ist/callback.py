@@ -145,6 +145,10 @@ def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module
     kind = AcceleratorState().distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"ISTCallback runs on one process or under DDP, not under {kind.value}: use train_ist.py")
+    if config.selection == "id3":
+        raise ValueError(
+            "id3 needs an optimizer of its own and reads gradients before each of its steps: use train_ist.py"
+        )
     if args.world_size > 1 and args.ddp_find_unused_parameters is False:
         raise ValueError("ddp_find_unused_parameters must be true (the default with PEFT): layers that rest are unused")
     checkpointed = args.gradient_checkpointing and not hasattr(model, "peft_config")

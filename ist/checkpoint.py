@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ist.config import UsageError
 from ist.distributed import full_tensor, like
+from ist.selection.packed_adamw import PackedAdamW
 
 STATE = "checkpoint.json"
 
@@ -79,11 +80,14 @@ def _split_optimizer(
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """The optimizer's state by parameter name: tensors as {"name|key": tensor}, plain numbers as {name: {key: value}}.
 
-    A layer that was never trained has no state, and gets none on loading.
+    A layer that was never trained has no state, and gets none on loading. PackedAdamW's state is that of one process:
+    indices into the whole parameter, and their values.
     """
     tensors, numbers = {}, {}
+    packed = isinstance(optimizer, PackedAdamW)
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        state = optimizer.whole_state(parameter) if packed else optimizer.state.get(parameter, {})
+        for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{name}|{key}"] = full_tensor(value).detach().cpu().clone()  # bitsandbytes shares tables
             else:
@@ -204,10 +208,15 @@ def load_optimizer(
 ) -> None:
     """Give each parameter the optimizer state that it had; `numbers` is the checkpoint's state["optimizer"]."""
     states: dict[str, dict] = {name: dict(values) for name, values in numbers.items()}
+    packed = isinstance(optimizer, PackedAdamW)
     for key, tensor in _load(path / "optimizer.safetensors").items():
         name, _, entry = key.rpartition("|")
-        sharded = entry != "step" and tensor.shape == parameters[name].shape
+        sharded = not packed and entry != "step" and tensor.shape == parameters[name].shape
         states.setdefault(name, {})[entry] = like(tensor, parameters[name]) if sharded else tensor
+    if packed:
+        for name, state in states.items():
+            optimizer.load_whole_state(parameters[name], state)
+        return
     names = {parameter: name for name, parameter in parameters.items()}
     whole = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]

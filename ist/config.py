@@ -47,7 +47,7 @@ class LayerCounts(NamedTuple):
     kept: int
 
 
-def _parse_layer_count(key: str, value: int | float | str) -> int | float | str:
+def _parse_count(key: str, value: int | float | str) -> int | float | str:
     """An int (a count), a float in (0, 1) (a fraction) or "all"; from a number or the text of a command line."""
     allowed = "a fraction in (0, 1), a count of 1 or more, or all"
     if value == "all":
@@ -65,15 +65,15 @@ def _parse_layer_count(key: str, value: int | float | str) -> int | float | str:
     return value
 
 
-def _resolve_layer_count(key: str, value: int | float | str, n_layers: int, floor: bool) -> int:
+def _resolve_count(key: str, value: int | float | str, total: int, floor: bool, of: str) -> int:
     if value == "all":
-        return n_layers
+        return total
     if isinstance(value, float):
-        return max(1, int(value * n_layers + (0 if floor else 0.5)))
-    if value > n_layers:
+        return max(1, int(value * total + (0 if floor else 0.5)))
+    if value > total:
         raise UsageError(
-            f"--{key} must be a fraction in (0, 1), a count from 1 to {n_layers} (the model's layers that carry "
-            f"an adapter), or all; got {value}. Lower --{key}."
+            f"--{key} must be a fraction in (0, 1), a count from 1 to {total} ({of}), or all; got {value}. "
+            f"Lower --{key}."
         )
     return value
 
@@ -88,6 +88,11 @@ RULE_KEYS = {
     "min_trained_layers": ("semantic", 0.25),
     "semantic_budget": ("semantic", None),
     "semantic_rows": ("semantic", 64),
+    "id3_budget": ("id3", 0.1),
+    "id3_steps": ("id3", None),
+    # The default of the authors' selective_optimizers 0.4, and the eps of its examples.
+    "id3_exponent": ("id3", 1.0),
+    "id3_eps": ("id3", 1e-3),
 }
 
 
@@ -104,14 +109,16 @@ class ISTConfig:
 
     _argument_group_name = "selection: which layers are trained"
 
-    selection: Literal["ist", "random", "all", "lisa", "fixed", "first", "last", "semantic", "semantic+ist"] = field(
-        default="ist",
-        metadata={
-            "help": "ist learns layer importance; random draws N_u layers at each step, lisa every lisa_interval "
-            "steps; all is plain PEFT, or full fine-tuning; fixed, first and last always train the same; semantic "
-            "trains the layers above a boundary that it finds before training, semantic+ist draws by importance among "
-            "those."
-        },
+    selection: Literal["ist", "random", "all", "lisa", "fixed", "first", "last", "semantic", "semantic+ist", "id3"] = (
+        field(
+            default="ist",
+            metadata={
+                "help": "ist learns layer importance; random draws N_u layers at each step, lisa every lisa_interval "
+                "steps; all is plain PEFT, or full fine-tuning; fixed, first and last always train the same; semantic "
+                "trains the layers above a boundary that it finds before training, semantic+ist draws by importance "
+                "among those; id3 unmasks single weights step by step, in all layers."
+            },
+        )
     )
     trained_layers: str = field(
         default="0.25", metadata={"help": "N_u, layers trained at each step: a fraction in (0, 1), a count, or all."}
@@ -170,6 +177,20 @@ class ISTConfig:
     semantic_rows: int | None = field(
         default=None, metadata={"help": "semantic rules: training rows of the pass before training; 64 if not given."}
     )
+    id3_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "id3: B, weights unmasked in the end: a share of those that may train, a count, or all; "
+            "default 0.1."
+        },
+    )
+    id3_steps: int | None = field(
+        default=None, metadata={"help": "id3: T, steps over which they are unmasked; default: all of the run."}
+    )
+    id3_exponent: float | None = field(
+        default=None, metadata={"help": "id3: exp in the score |grad| / (|weight| + eps)^exp; default 1."}
+    )
+    id3_eps: float | None = field(default=None, metadata={"help": "id3: eps in the score; default 1e-3."})
     layer_stack: Literal["decoder", "encoder", "both"] = field(
         default="decoder",
         metadata={"help": "Where a model has more than one list of layers: which of them layers are chosen from."},
@@ -180,8 +201,8 @@ class ISTConfig:
         for key in ("selection", "score_rule", "probe", "layer_stack"):
             allowed = get_args(ISTConfig.__annotations__[key])
             require(getattr(self, key) in allowed, key, "one of " + ", ".join(allowed), getattr(self, key))
-        self.trained_layers = _parse_layer_count("trained_layers", self.trained_layers)
-        self.kept_layers = _parse_layer_count("kept_layers", self.kept_layers)
+        self.trained_layers = _parse_count("trained_layers", self.trained_layers)
+        self.kept_layers = _parse_count("kept_layers", self.kept_layers)
         require(self.candidates >= 2, "candidates", "2 or more (one set is its own mean: reward 0)", self.candidates)
         require(self.update_interval >= 1, "update_interval", "1 or more", self.update_interval)
         require(0 <= self.suppression <= 1, "suppression", "in [0, 1]", self.suppression)
@@ -209,13 +230,22 @@ class ISTConfig:
             require(whole, "fixed_layers", "layer numbers, from 0", " ".join(map(str, given)))
             self.fixed_layers = sorted({int(part) for part in parts})
         if self.min_trained_layers is not None:
-            self.min_trained_layers = _parse_layer_count("min_trained_layers", self.min_trained_layers)
+            self.min_trained_layers = _parse_count("min_trained_layers", self.min_trained_layers)
         if self.lisa_interval is not None:
             require(self.lisa_interval >= 1, "lisa_interval", "1 or more", self.lisa_interval)
         if self.semantic_budget is not None:
             require(0 < self.semantic_budget < 1, "semantic_budget", "in (0, 1)", self.semantic_budget)
         if self.semantic_rows is not None:
             require(self.semantic_rows >= 1, "semantic_rows", "1 or more", self.semantic_rows)
+        if self.id3_budget is not None:
+            self.id3_budget = _parse_count("id3_budget", self.id3_budget)
+        if self.id3_steps is not None:
+            require(self.id3_steps >= 1, "id3_steps", "1 or more", self.id3_steps)
+        if self.id3_exponent is not None:
+            finite = 0 <= self.id3_exponent < float("inf")
+            require(finite, "id3_exponent", "a finite number, 0 or more", self.id3_exponent)
+        if self.id3_eps is not None:
+            require(0 < self.id3_eps < float("inf"), "id3_eps", "a finite number above 0", self.id3_eps)
         if self.calibrates:
             allowed = "decoder: semantic compares hidden states with the tokens that a decoder predicts"
             require(self.layer_stack == "decoder", "layer_stack", allowed, self.layer_stack)
@@ -247,7 +277,16 @@ class ISTConfig:
         Raises:
             UsageError: they are more than the model has.
         """
-        return _resolve_layer_count(key, getattr(self, key), n_layers, self.score_rule == "released")
+        of = "the model's layers that carry an adapter"
+        return _resolve_count(key, getattr(self, key), n_layers, self.score_rule == "released", of)
+
+    def scalar_budget(self, candidates: int) -> int:
+        """B for a model in which `candidates` scalars may train.
+
+        Raises:
+            UsageError: it is more than those.
+        """
+        return _resolve_count("id3_budget", self.id3_budget, candidates, False, "the scalars that may train")
 
     def counts(self, n_layers: int) -> LayerCounts:
         """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8). The released rule floors fractions."""

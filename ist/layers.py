@@ -104,6 +104,7 @@ class LayerMap:
         parameters: [N_L] lists of the layer's trainable parameters, as they were when the map was built.
         outside: names of the trainable parameters of no layer: on the embeddings or the head, or shared.
         shared: those of `outside` that several layers share.
+        n_scalars: entries of all trainable parameters together.
 
     Raises:
         UsageError: no adapter module sits inside a list of layers, or in more than one list of a stack; or a layer
@@ -160,6 +161,7 @@ class LayerMap:
                 self.outside.append(first_name[parameter])
                 if len(layers) > 1:
                     self.shared.append(first_name[parameter])
+        self.n_scalars = sum(parameter.numel() for parameter in owners)
         if not all(self.parameters) and not self.shared:
             raise UsageError("some layers are frozen: let all of them train before layers are chosen.")
         if not all(self.parameters):

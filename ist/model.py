@@ -43,6 +43,7 @@ from ist.layers import (
     outside_decoder,
     text_decoder,
 )
+from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
 
 NO_LAYER_RESPONSE = {
@@ -131,6 +132,8 @@ def require_served(config: PeftConfig, args: Namespace, sharded: bool) -> None:
         reason = f"deltaT {config.deltaT} must be 1 or more"
     elif isinstance(config, AdaLoraConfig) and not (0 < config.beta1 < 1 and 0 < config.beta2 < 1):
         reason = f"beta1 {config.beta1} and beta2 {config.beta2} must be between 0 and 1"
+    elif isinstance(config, AdaLoraConfig) and args.selection == "id3":
+        reason = "its budget prunes what id3 keeps masked; choose another --selection"
     elif getattr(config, "use_asa", False):
         reason = "use_asa chooses itself what trains; set it to false"
     elif initialisation in ("eva", "corda", "lora_ga"):
@@ -171,8 +174,9 @@ def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig | 
 def free_base_weights(model: nn.Module, args: Namespace) -> LayerMap:
     """peft_method none: let the text decoder's layers train; what is in no layer (embeddings, head) too where all do.
 
-    LISA's description has embeddings and head trained at every step. For the other rules the layers are the choice,
-    and trained embeddings would bring the backward down through the layers that rest.
+    LISA's description has embeddings and head trained at every step, ID3's has candidates all over the model. For the
+    other rules the layers are the choice, and trained embeddings would bring the backward down through the layers that
+    rest.
 
     Raises:
         UsageError: no list of layers was found.
@@ -183,7 +187,7 @@ def free_base_weights(model: nn.Module, args: Namespace) -> LayerMap:
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trains)
     layers = LayerMap(model, args.layer_stack)
-    if args.selection in ("all", "lisa"):
+    if args.selection in ("all", "lisa", "id3"):
         return layers
     for name in layers.outside:
         model.get_parameter(name).requires_grad_(False)
@@ -282,6 +286,7 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
     for whole in getattr(peft_config, "modules_to_save", None) or ():
         if not any(name.endswith(f".{whole}") for name in names):
             raise UsageError(f"--peft_config {args.peft_config}: modules_to_save: the model has no module {whole}.")
+    stands_in = False
     try:
         with _adapter_errors(args):
             model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
@@ -293,12 +298,14 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
         if "meta" not in str(error.__cause__):
             raise
         # A method that starts from the base weights (SHiRA, FRoD): LoRA on the same modules stands in for it here.
+        stands_in = True
         keys = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         like = LoraConfig(r=1, **{key: getattr(peft_config, key) for key in keys if hasattr(peft_config, key)})
         with _adapter_errors(args):
             model = get_peft_model(_skeleton(args, config), like, low_cpu_mem_usage=True)
     with _adapter_errors(args):
         layers = LayerMap(model, args.layer_stack)
+        layers.n_scalars = None if stands_in else layers.n_scalars
         _require_fine(args, model)
         if sharded and layers.shared:
             raise UsageError(
@@ -437,7 +444,7 @@ def _made_to_train(base: nn.Module, args: Namespace, peft_config: PeftConfig | N
 
 def make_optimizer(args: Namespace, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     kinds = {
-        "adamw_torch": torch.optim.AdamW,
+        "adamw_torch": PackedAdamW if args.selection == "id3" else torch.optim.AdamW,
         "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,

@@ -123,3 +123,20 @@ def train_process(arguments):
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory, rows) -> Path:
+    """Where the launches of rules.py find their model and rows, and leave their runs."""
+    folder = tmp_path_factory.mktemp("rules")
+    make_tiny(folder / "tiny", rows)
+    (folder / "train.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def topologies(work) -> dict[str, dict]:
+    """All rules, trained on each topology; tests that ask for it share one worker, xdist_group("rules")."""
+    import rules
+
+    return {topology: rules.launch(topology, work) for topology in ("one", "ddp", "fsdp2")}

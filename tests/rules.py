@@ -31,8 +31,12 @@ ARMS = {
     "lisa, full": {"selection": "lisa", "lisa_interval": 4, **FULL},
     "random, full": {"selection": "random", **FULL},
     "semantic, full": {"selection": "semantic", **FULL},
+    "id3": {"selection": "id3", "id3_budget": 0.3},
+    # At the second step B of LoRA is still zero, so that all of A scores 0; and shards of 3 and 2 rows.
+    "id3, ties": {"selection": "id3", "id3_budget": 0.7, "id3_steps": 2, "lora_r": 5},
+    "id3, full": {"selection": "id3", "id3_budget": 0.3, **FULL},
 }
-RESUMED_ON_TWO_RANKS = ["lisa", "semantic+ist", "lisa, full"]
+RESUMED_ON_TWO_RANKS = ["lisa", "semantic+ist", "lisa, full", "id3"]
 
 
 def slug(name: str) -> str:

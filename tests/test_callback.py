@@ -143,6 +143,8 @@ def test_what_cannot_rest_is_refused(reference, tiny, tmp_path):
     trainer.data_collator = lambda batch: {key: value for key, value in pad(batch).items() if key != "labels"}
     with pytest.raises(ValueError, match=r"must give labels \[B, T\]"):
         trainer.train()
+    with pytest.raises(ValueError, match="id3 needs an optimizer of its own"):
+        make(Trainer, tmp_path / "g", tiny, rows, config=ISTConfig(selection="id3")).train()
     trainer = make(Trainer, tmp_path / "f", tiny, rows)
     trainer.model.peft_config["default"] = AdaLoraConfig(total_step=20, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"AdaLoRA's budget needs what train_ist.py does"):

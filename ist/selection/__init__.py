@@ -3,6 +3,7 @@
 from ist.config import ISTConfig
 from ist.sampler import ImportanceSampler
 from ist.selection.fixed import FixedLayers
+from ist.selection.id3 import StepwiseUnmasking
 from ist.selection.lisa import LisaSampler
 from ist.selection.rule import CalibratedRule, SelectionRule
 from ist.selection.semantic import SemanticFreezing
@@ -11,6 +12,7 @@ __all__ = ["CalibratedRule", "FixedLayers", "LisaSampler", "SelectionRule", "Sem
 
 _RULES = {
     "lisa": LisaSampler,
+    "id3": StepwiseUnmasking,
     **dict.fromkeys(("fixed", "first", "last"), FixedLayers),
     **dict.fromkeys(("semantic", "semantic+ist"), SemanticFreezing),
 }
