@@ -246,6 +246,8 @@ class ISTConfig:
             require(finite, "id3_exponent", "a finite number, 0 or more", self.id3_exponent)
         if self.id3_eps is not None:
             require(0 < self.id3_eps < float("inf"), "id3_eps", "a finite number above 0", self.id3_eps)
+            underflows = f"large enough for its power {self.id3_exponent} to be 1e-30 or more (what divides a gradient)"
+            require(self.id3_eps**self.id3_exponent >= 1e-30, "id3_eps", underflows, self.id3_eps)
         if self.calibrates:
             allowed = "decoder: semantic compares hidden states with the tokens that a decoder predicts"
             require(self.layer_stack == "decoder", "layer_stack", allowed, self.layer_stack)

@@ -151,17 +151,26 @@ def test_the_score_of_a_zero_initialised_b_is_finite_and_eps_weighs_it():
     assert shares[1e-3, 1] > shares[10.0, 1]  # later, a small eps prefers what is near zero
 
 
-def test_ties_go_by_parameter_and_position_and_nan_is_counted():
+def test_ties_go_by_parameter_and_position():
     parameters = {name: nn.Parameter(torch.ones(2, 3)) for name in "ab"}
     rule = rule_on(parameters, 3, id3_budget=9)
     parameters["b"].grad = torch.zeros(2, 3)
     parameters["b"].grad[1, 1] = 1
     rule.unmask(0)  # "a" has no gradient at all: as zero
     assert [mask.nonzero().flatten().tolist() for mask in masks_of(rule)] == [[0, 1], [4]]
-    parameters["a"].grad.zero_()[1, 2] = float("nan")
+    parameters["a"].grad.zero_()[1, 2] = 1
     parameters["b"].grad.zero_()[0, 0] = -0.0
     rule.unmask(1)
     assert [mask.nonzero().flatten().tolist() for mask in masks_of(rule)] == [[0, 1, 2, 3, 5], [4]]
+
+
+def test_a_score_that_is_not_a_number_is_one_of_the_candidates():
+    """The run stops for such a gradient at the next logged step; until then the count must hold on all ranks."""
+    parameter = nn.Parameter(torch.tensor([1e30, 1.0, 1.0, 1.0]))
+    rule = rule_on({"p": parameter}, 1, id3_budget=3, id3_exponent=2)
+    parameter.grad = torch.tensor([float("inf"), 0.0, 1.0, float("nan")])  # inf / inf is a NaN with a sign
+    assert rule.unmask(0) == 3
+    assert masks_of(rule)[0].tolist() == [True, False, True, True]
 
 
 def test_against_the_authors_package():
@@ -303,12 +312,12 @@ def test_no_temporary_is_larger_than_the_largest_tensor():
 def test_ranks_that_would_unmask_otherwise_are_told_apart(monkeypatch):
     digests = []
     monkeypatch.setattr(id3, "require_agreement", lambda what, digest: digests.append((what, digest)))
-    for factor in (1, 1, 1.2):  # the third rank sees another gradient in one place
+    for other in (5, 5, 6):  # on the third rank two gradients have changed places: the same scores, elsewhere
         parameter = nn.Parameter(torch.ones(100))
         rule = rule_on({"p": parameter}, 2, id3_budget=20)
         for t in range(2):
             parameter.grad = torch.arange(100.0)
-            parameter.grad[80] *= factor
+            parameter.grad[[other, 95]] = parameter.grad[[95, other]]
             rule.unmask(t)
     assert [what for what, _ in digests] == ["the scalars of step 0", "the scalars of step 1"] * 3
     assert digests[:2] == digests[2:4]
@@ -445,6 +454,7 @@ def test_resume_is_exact_and_needs_the_moments(train, tmp_path):
         ({"id3_steps": 0}, "--id3_steps must be 1 or more; got 0"),
         ({"id3_exponent": -1}, "--id3_exponent must be a finite number, 0 or more; got -1"),
         ({"id3_eps": 0}, "--id3_eps must be a finite number above 0; got 0"),
+        ({"id3_eps": 1e-8, "id3_exponent": 4}, "--id3_eps must be large enough for its power 4.0 .*; got 1e-08"),
         ({"selection": "all", "id3_budget": 0.5}, "--id3_budget must be left out with --selection all"),
         ({"optim": "adamw_8bit"}, "--optim adamw_8bit keeps moments of masked"),
         ({"optim": "paged_adamw_8bit"}, "--optim paged_adamw_8bit keeps moments of masked"),
