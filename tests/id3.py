@@ -23,9 +23,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
+from accelerate import Accelerator
 from conftest import read_lines, reset_accelerate
-from methods import publish
 
+from ist.report import publish
 from ist.selection import StepwiseUnmasking
 
 ARMS = {
@@ -132,7 +133,9 @@ def main() -> None:
             )
     sizes = " ".join(f"--{key} {getattr(options, key)}" for key in ("max_steps", "rows_per_step", "validation_size"))
     command = f"python tests/id3.py --train_file {Path(options.train_file).name} {sizes} --publish"
-    publish("id3", as_table(answers), command=command, answers=answers)
+    reset_accelerate()
+    file, accelerator = ROOT / "launch/results/id3.json", Accelerator(cpu=True)
+    publish(file, command, accelerator, as_table(answers), ROOT / "README.md", seed=42, answers=answers)
 
 
 if __name__ == "__main__":
