@@ -15,7 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -210,8 +210,11 @@ class RunArguments:
     resume_from_checkpoint: str = option("none", "none; auto: the newest whole checkpoint, else start; or a path.")
     report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "Tracker; the files are always written.")
     run_name: str | None = option(None, "Default: the recipe's name.")
+    log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
 
     def __post_init__(self) -> None:
+        if self.log_adapter and self.report_to != "wandb":
+            raise UsageError(f"--log_adapter true needs --report_to wandb; got {self.report_to}.")
         for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
@@ -257,13 +260,28 @@ def require_consistent(args: Namespace) -> None:
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the loop looks at it between steps. A second Ctrl-C stops at once."""
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the loop looks at it between steps. A second Ctrl-C stops at once.
+
+    Slurm sends a signal to all processes of a job step. Those that must outlive it have it blocked, and so do the
+    processes that they start: the launcher (launch/on_node.py), where one that came early waits until here, and what
+    is started in `held` (W&B's service, without which the record of the run ends).
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait, for this process and the ones that it starts."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _receive(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
@@ -271,6 +289,7 @@ class StopRequest:
         self.signal = signal.Signals(number)
 
     def restore(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -359,8 +378,8 @@ def main(argv: Sequence[str]) -> int:
         record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=brief(error))
         raise
     finally:
-        stop.restore()
         accelerator.end_training()
+        stop.restore()  # last: a second signal must not cut short what is still written
 
 
 def train(
@@ -471,7 +490,8 @@ def train(
             ckpt.discard(checkpoints / ckpt.step_name(later), output_dir)
     record.rewind(finished)
     accelerator.wait_for_everyone()
-    record.start_trackers(args.run_name)
+    with stop.held():
+        record.start_trackers(args.run_name)
 
     if sharded:
         # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
@@ -670,11 +690,12 @@ def train(
     if finished < max_steps:
         if saved != finished:
             save()
-        record.close("interrupted", **facts)
+        record.close("interrupted", **facts, signal=stop.signal.name if stop.signal else None)
         by = stop.signal.name if stop.signal else "a signal to another rank"
         say(
             f"stopped by {by} after step {finished}; go on with --output_dir {output_dir} --resume_from_checkpoint auto"
         )
+        accelerator.wait_for_everyone()  # the launcher ends all ranks as soon as one has left with a code other than 0
         return 3
     if best:
         accelerator.wait_for_everyone()  # until the main process has written it
@@ -687,6 +708,8 @@ def train(
         result = ckpt.save_adapter(peft_model, whole_adapter(), args, record.summary, accelerator.is_main_process)
     else:
         result = ckpt.save_model(peft_model, args, record.summary, accelerator.is_main_process)
+    if args.log_adapter:
+        record.artifact(result)
     losses = [line["loss"] for line in read_lines(output_dir / METRICS) if "loss" in line]
     final = {"final_train_loss": losses[-1] if losses else None, "final_validation_loss": validation_loss}
     record.close("finished", **facts, **final)

@@ -9,7 +9,9 @@ import json
 import os
 import platform
 import resource
+import secrets
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +72,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{lib.__name__: lib.__version__ for lib in libraries}},
         "commit": commit,
         "hardware": {"device": device, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "world_size": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
     }
@@ -124,7 +127,8 @@ def require_tracker(report_to: str) -> None:
 # What a resumed run may change: where and how it reports, saves and cuts its batches, not what it computes.
 FREE_KEYS = {
     *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
-    *("report_to", "run_name", "per_device_train_batch_size", "gradient_accumulation_steps", "peft_config"),
+    *("report_to", "run_name", "log_adapter", "peft_config"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
 
@@ -196,9 +200,17 @@ def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, 
     values: dict[str, float] = {"probe/seconds": update["probe_seconds"]}
     for j, (loss, reward) in enumerate(zip(update["losses"], update["rewards"], strict=True)):
         values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
-    for i, (score, count) in enumerate(zip(update["scores"], trained_counts, strict=True)):
-        values |= {f"importance/score/layer_{i:02d}": score, f"importance/trained_steps/layer_{i:02d}": count}
-    return values
+    values |= {f"importance/score/layer_{i:02d}": score for i, score in enumerate(update["scores"])}
+    return values | {f"importance/trained_steps/layer_{i:02d}": count for i, count in enumerate(trained_counts)}
+
+
+def tracked_values(line: dict) -> dict[str, float]:
+    """A line of metrics.jsonl or importance.jsonl as trackers get it."""
+    if "scores" in line:
+        return importance_values(line, ())
+    if "validation_loss" in line:
+        return {"eval/loss": line["validation_loss"]}
+    return {f"train/{key}": value for key, value in line.items() if not isinstance(value, list)}
 
 
 class RunRecord:
@@ -214,23 +226,46 @@ class RunRecord:
         self.output_dir = output_dir
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
-        earlier = read_run(output_dir) if facts.get("resumed_from") else None
-        start = earlier["start"] if earlier else _now()
+        earlier = read_run(output_dir) or {}
+        start = earlier["start"] if earlier and facts.get("resumed_from") else _now()
         self.summary = {"status": "running", "start": start, "end": None, **facts, "configuration": configuration}
+        # One curve, however often the run was interrupted; under a sweep the agent names the run.
+        self.summary["wandb_run_id"] = os.environ.get("WANDB_RUN_ID") or earlier.get("wandb_run_id")
+        self._lost = bool(earlier.get("wandb_run_id")) and not earlier.get("wandb_complete")
         self._scores: list[list[float]] = []
         if self.main:
             self._lock = _lock(output_dir)
             write_json(output_dir / RUN, self.summary)
 
     def start_trackers(self, run_name: str) -> None:
-        """Start the trackers the accelerator was made with; W&B takes its project from WANDB_PROJECT, else "ist"."""
+        """Start the trackers the accelerator was made with.
+
+        W&B: the project is WANDB_PROJECT, else "ist"; the group WANDB_RUN_GROUP, else `run_name`; the job type
+        WANDB_JOB_TYPE, else "train"; the run id WANDB_RUN_ID, else the one that the run had before it was interrupted.
+        """
+        options = {}
+        if self.summary["configuration"]["report_to"] == "wandb":
+            self.summary["wandb_run_id"] = self.summary["wandb_run_id"] or secrets.token_hex(4)
+            options["wandb"] = {
+                "name": run_name,
+                "dir": str(self.output_dir),
+                "id": None if "WANDB_RUN_ID" in os.environ else self.summary["wandb_run_id"],
+                "resume": "allow",
+                "group": os.environ.get("WANDB_RUN_GROUP", run_name),
+                "job_type": os.environ.get("WANDB_JOB_TYPE", "train"),
+            }
+            if self.main:
+                write_json(self.output_dir / RUN, self.summary)
         self.accelerator.project_configuration.logging_dir = str(self.output_dir)
         scalars = {
             key: value if isinstance(value, (int, float, str)) else str(value)
             for key, value in self.summary["configuration"].items()
         }
-        options = {"wandb": {"name": run_name, "dir": str(self.output_dir)}}
         self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "ist"), scalars, options)
+        if self._lost:  # a process that is killed takes along what W&B has not written yet, offline all of it
+            lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
+            for line in sorted(lines, key=lambda line: line["step"]):
+                self._track(self.accelerator.log, tracked_values(line), step=line["step"])
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""
@@ -245,19 +280,46 @@ class RunRecord:
         self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
 
     def close(self, status: str, **facts: Any) -> None:
-        """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture."""
+        """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture.
+
+        W&B puts a run of a sweep that is marked as preempting back into the sweep's queue. SIGUSR1 and SIGUSR2 are a
+        cluster's; SIGTERM is how W&B itself ends a run of a sweep early, and Ctrl-C is a user's.
+        """
         self.summary.update(status=status, end=_now(), **facts)
         if self.main:
             write_json(self.output_dir / RUN, self.summary)
             if (self.output_dir / METRICS).exists():
                 draw_importance(self.output_dir)
+            if run := self._wandb_run():
+                if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
+                    self._track(run.mark_preempting)
+                self._track(run.finish, exit_code={"finished": 0, "interrupted": 3}.get(status, 1))
+                self.summary["wandb_complete"] = bool(self.accelerator.trackers)
+                write_json(self.output_dir / RUN, self.summary)
             os.close(self._lock)
+
+    def artifact(self, folder: Path) -> None:
+        """Give a folder (adapter/ or model/) to W&B."""
+        if run := self._wandb_run():
+            self._track(run.log_artifact, folder, name=f"{folder.name}-{run.id}", type="model")
+
+    def _wandb_run(self) -> Any:
+        """W&B's run on the main process, where that is the tracker; else None."""
+        trackers = self.accelerator.trackers if self.main else []
+        return next((tracker.run for tracker in trackers if tracker.name == "wandb"), None)
+
+    def _track(self, call: Callable, *args: Any, **kwargs: Any) -> None:
+        """Tell the trackers. One that fails does not take the run along: from then on there are the files alone."""
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            print(f"The tracker has failed ({brief(error)}); {self.output_dir} has everything.", file=sys.stderr)
+            self.accelerator.trackers = []
 
     def metrics(self, line: dict) -> None:
         """A logged training step."""
         self._append(METRICS, line)
-        values = {f"train/{key}": value for key, value in line.items() if not isinstance(value, list)}
-        self.accelerator.log(values, step=line["step"])
+        self._track(self.accelerator.log, tracked_values(line), step=line["step"])
 
     def semantic(self, summary: dict, counts: LayerCounts) -> None:
         """What a semantic rule saw before training, and the layers that it left to train."""
@@ -266,23 +328,24 @@ class RunRecord:
             write_json(self.output_dir / RUN, self.summary)
         values = {"semantic/boundary": summary["boundary"]}
         values |= {f"semantic/deviation/space_{i:02d}": value for i, value in enumerate(summary["deviations"])}
-        self.accelerator.log(values, step=self.summary["steps"])
+        self._track(self.accelerator.log, values, step=self.summary["steps"])
 
     def validation(self, line: dict) -> None:
         self._append(METRICS, line)
-        self.accelerator.log({"eval/loss": line["validation_loss"]}, step=line["step"])
+        self._track(self.accelerator.log, tracked_values(line), step=line["step"])
 
     def importance(self, line: dict, trained_counts: Sequence[int], probe_share: float) -> None:
         """An importance update, how often each layer was trained so far, and the share of time spent on probes."""
         self._append(IMPORTANCE, line)
         step = line["step"]
-        self.accelerator.log(importance_values(line, trained_counts) | {"probe/time_share": probe_share}, step=step)
+        values = importance_values(line, trained_counts) | {"probe/time_share": probe_share}
+        self._track(self.accelerator.log, values, step=step)
         if self.main:
             self._scores.append(line["scores"])
             for tracker in self.accelerator.trackers:
                 image = _heat_map(self._scores)
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"importance/heat_map": image[None]}, step=step, **layout)
+                self._track(tracker.log_images, {"importance/heat_map": image[None]}, step=step, **layout)
 
     def _append(self, name: str, line: dict) -> None:
         if self.main:

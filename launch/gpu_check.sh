@@ -43,14 +43,14 @@ rows = [{"instruction": f"Count from {i}.", "output": " ".join(map(str, range(i,
 PYTHON
 fi
 
-kinds=${KINDS:-ddp fsdp2}
-for kind in $kinds; do
-  .venv/bin/accelerate launch --config_file accelerate_configs/$kind.yaml --num_processes 1 train_ist.py \
+read -ra kinds <<<"${KINDS:-ddp fsdp2}"
+for kind in "${kinds[@]}"; do
+  .venv/bin/accelerate launch --config_file "accelerate_configs/$kind.yaml" --num_processes 1 train_ist.py \
     --model_name_or_path "$dir/model" --train_file "$dir/rows.json" --max_length "$LENGTH" --dtype bfloat16 --bf16 true \
     --per_device_train_batch_size 1 --max_steps 20 --warmup_steps 2 --logging_steps 20 --report_to none \
     --output_dir "$dir/$kind"
 done
-.venv/bin/python - "$dir" $kinds <<'PYTHON'
+.venv/bin/python - "$dir" "${kinds[@]}" <<'PYTHON'
 import json
 import sys
 from pathlib import Path

@@ -10,14 +10,18 @@
 #   python -m ist.report --results results/RECIPE-*
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ $# -lt 2 ] || [ "$1" = -h ] || [ "$1" = --help ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit $(($# < 2 ? 2 : 0)); fi
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
+case ${1:-} in -h | --help) usage; exit 0 ;; esac
+if [ $# -lt 2 ]; then usage >&2; exit 2; fi
 recipe=$1 arm=$2
 shift 2
 seed=42
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then seed=$1; shift; fi
 file=launch/recipes/$recipe.yaml
 if [ ! -f "$file" ]; then
-  echo "error: no recipe $recipe; there are: $(cd launch/recipes && ls ./*.yaml | sed 's|./||; s|\.yaml||' | tr '\n' ' ')" >&2
+  recipes=(launch/recipes/*.yaml)
+  recipes=("${recipes[@]##*/}")
+  echo "error: no recipe $recipe; there are: ${recipes[*]%.yaml}" >&2
   exit 2
 fi
 case $arm in

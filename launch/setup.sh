@@ -2,7 +2,7 @@
 # Set up once: the virtual environment .venv with the pinned packages, and on request the demo's model.
 #
 #   launch/setup.sh                   .venv with requirements.txt
-#   launch/setup.sh --tests           and tests/requirements.txt
+#   launch/setup.sh --tests           and what tests/ needs
 #   launch/setup.sh --model           and models/SmolLM2-135M-Instruct (135 M parameters, Apache-2.0, 93 MB to fetch)
 #
 # Safe to run again: what is there is neither fetched nor built a second time. PYTHON names the Python to build .venv
@@ -29,15 +29,18 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 # A copy of the file that was installed last tells whether anything is to be done.
-install() {
+install() { # FILE [PIP OPTION ...]
   local installed=.venv/installed-${1//\//-}
   cmp -s "$1" "$installed" && return
   echo "Installing $1 (a few minutes the first time)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$@"
   cp "$1" "$installed"
 }
 install requirements.txt
-if $tests; then install tests/requirements.txt; fi
+if $tests; then
+  install tests/requirements.txt
+  install tests/requirements-no-deps.txt --no-deps
+fi
 
 if $model && [ ! -f models/SmolLM2-135M-Instruct/config.json ]; then
   echo "Fetching SmolLM2-135M-Instruct and unpacking its weights"

@@ -140,3 +140,16 @@ def topologies(work) -> dict[str, dict]:
     import rules
 
     return {topology: rules.launch(topology, work) for topology in ("one", "ddp", "fsdp2")}
+
+
+def offline_records(run: Path) -> list[list[dict]]:
+    """The records of an offline W&B run, one for each time that it was started, as wandb reads them back."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    printed = [subprocess.run([*command, file], check=True, capture_output=True, text=True).stdout for file in files]
+    return [[json.loads(line) for line in text.splitlines()] for text in printed]
+
+
+def of_type(record: list[dict], kind: str) -> list[dict]:
+    """The entries of one type: run, history, exit, artifact, preempting ..."""
+    return [entry[kind] for entry in record if entry["type"] == kind]

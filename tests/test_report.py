@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from conftest import ROOT, read_lines
+from cluster import until
+from conftest import ROOT, of_type, offline_records, read_lines
 from matplotlib.image import imread
 
 from ist.config import UsageError
@@ -41,6 +45,55 @@ def test_offline_wandb_holds_every_number(arguments, tmp_path, monkeypatch):
     assert 0 < summary["probe/time_share"] < 1
     assert len(list(offline.parent.glob("files/media/images/importance/heat_map_*.png"))) == 2
     assert config["lora_r"]["value"] == 4 if isinstance(config["lora_r"], dict) else config["lora_r"] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+def test_a_resumed_run_is_one_curve_and_has_every_key_of_the_readme(arguments, tmp_path, monkeypatch, number):
+    """Interrupted as on a cluster: the signal goes to every process, W&B's service included. SIGUSR1 does not harm
+    it; SIGTERM ends it, and all that it had not written yet is lost."""
+    for key, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_JOB_TYPE": "trial"}.items():
+        monkeypatch.setenv(key, value)
+    options = {"selection": "semantic+ist", "validation_size": 8, "eval_steps": 10, "max_steps": 30}
+    flags = arguments(report_to="wandb", run_name="many", log_adapter=True, resume_from_checkpoint="auto", **options)
+    command, metrics = [sys.executable, str(ROOT / "train_ist.py"), *flags], tmp_path / "run/metrics.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT)
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, "the run trains", 120, 0.02)
+    for each in [*(tree := psutil.Process(process.pid)).children(recursive=True), tree]:
+        each.send_signal(number)
+    assert process.wait(timeout=60) == 3
+    subprocess.run(command, check=True, cwd=ROOT, timeout=240)
+    first, second = offline_records(tmp_path / "run")
+    assert bool(of_type(first, "exit")) == (number == signal.SIGUSR1)
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    rows: dict[int, dict] = {}
+    for record, code in ((first, 3), (second, 0)) if of_type(first, "exit") else ((second, 0),):
+        (started,), (ended,) = of_type(record, "run"), of_type(record, "exit")
+        assert started["run_id"] == run["wandb_run_id"]
+        assert (started["run_group"], started["job_type"], started["display_name"]) == ("many", "trial", "many")
+        assert ended.get("exit_code", 0) == code
+        for row in of_type(record, "history"):
+            rows.setdefault(row["item"]["_step"], {}).update(row["item"])
+    losses = {step: row["train/loss"] for step, row in rows.items() if "train/loss" in row}
+    assert losses == {line["step"]: line["loss"] for line in read_lines(metrics) if "loss" in line}
+    assert set(losses) == set(range(1, 31))
+    paragraph = next(
+        part for part in (ROOT / "README.md").read_text().split("\n\n") if part.startswith("W&B and Tensor")
+    )
+    listed = re.findall(r"`((?:train|eval|importance|probe|semantic)/\S+)`", paragraph)
+    logged = {key for row in rows.values() for key in row}
+    logged = {re.sub(r"\d\d$", "07", key.removesuffix("._type")) for key in logged}
+    assert len(listed) == 17
+    assert set(listed) <= logged
+    (artifact,) = of_type(second, "artifact")
+    assert (artifact["name"], artifact["type"]) == (f"adapter-{run['wandb_run_id']}", "model")
+    files = {entry["path"] for entry in artifact["manifest"]["contents"]}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= files
+    assert not of_type(first, "artifact")
+
+
+def test_log_adapter_needs_wandb(train):
+    with pytest.raises(UsageError, match="--log_adapter true needs --report_to wandb; got none"):
+        train(log_adapter=True)
 
 
 def test_wandb_without_a_login_stops_before_anything(train, tmp_path, monkeypatch):
