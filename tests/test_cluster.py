@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from cluster import MISSING, Cluster, until
-from conftest import ROOT, read_lines
+from conftest import ROOT, of_type, offline_records, read_lines
 from preemption import distance
+from sweep_service import SweepService
 
 REQUIRED = "REQUIRE_CLUSTER" in os.environ  # on CI nothing is skipped
 pytestmark = [
@@ -208,9 +211,9 @@ def test_arms_and_what_is_finished_or_bad(cluster, home, one):
 
 
 def test_an_evaluation_is_stopped_and_goes_on(cluster, home, one, rows):
-    (home / "asked.json").write_text(json.dumps(rows * 5))
+    (home / "asked.json").write_text(json.dumps(rows * 2))
     run = one.name.replace("tiny-1", "tiny-%a")
-    flags = ("--test_file", "asked.json", "--num_beams", "1", "--max_new_tokens", "32", "--batch_size", "1")
+    flags = ("--test_file", "asked.json", "--num_beams", "1", "--max_new_tokens", "16", "--batch_size", "1")
     job = cluster.submit("--array", "1", "--nodes", "2", "launch/evaluate.sbatch", f"runs/{run}", *flags, cwd=home)
     results = home / f"results/{one.name}"
 
@@ -221,10 +224,45 @@ def test_an_evaluation_is_stopped_and_goes_on(cluster, home, one, rows):
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
     cluster.until_requeued(f"{job}_1")
     first = scored()
-    assert 3 < len(first) < 300
+    assert 3 < len(first) < 120
     assert cluster.until_ended(f"{job}_1") == "COMPLETED", log_of(home, job, "ist-evaluate")
     lines = read_lines(results / "asked.jsonl")
-    assert [line["row"] for line in lines] == list(range(300))
-    assert f"asked: going on after {len(first)} of 300 rows" in log_of(home, job, "ist-evaluate")
+    assert [line["row"] for line in lines] == list(range(120))
+    (kept,) = set(re.findall(r"asked: going on after (\d+) of 120 rows", log_of(home, job, "ist-evaluate")))
+    assert int(kept) >= len(first)
     assert all(line in lines for line in first)
-    assert json.loads((results / "summary.json").read_text())["tasks"]["asked"]["rows"] == 300
+    assert json.loads((results / "summary.json").read_text())["tasks"]["asked"]["rows"] == 120
+
+
+def test_a_run_of_a_sweep_is_stopped_and_goes_on_under_its_own_id(cluster, home):
+    sweep = yaml.safe_load((ROOT / "launch/sweep.yaml").read_text())
+    sweep["parameters"] |= {
+        "config": {"value": "tiny.yaml"},
+        "report_to": {"value": "wandb"},
+        "eval_steps": {"value": 5},
+    }
+    service = SweepService(sweep, "swept")
+    run = home / "runs/tiny-swept"
+    options = ("--array", "1", "--gpus-per-node", "2")
+    job = cluster.submit(*options, "launch/sweep.sbatch", "team/ist/search", cwd=home, **service.environment) + "_1"
+    until_step(run, 10)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.until_requeued(job)
+    stopped = record_of(run)
+    assert (stopped["status"], stopped["signal"], stopped["world_size"]) == ("interrupted", "SIGUSR1", 2)
+    assert cluster.until_ended(job) == "COMPLETED", log_of(home, job, "ist-sweep")
+    service.stop()
+    assert (service.agents, service.handed_out) == (2, 2)
+    record = record_of(run)
+    assert (record["status"], record["slurm_job"]) == ("finished", job.removesuffix("_1"))
+    assert record["resumed_from"].endswith(f"step_{stopped['steps']:06d}")
+    assert record["configuration"]["score_lr"] == stopped["configuration"]["score_lr"] != 1000
+    first, second = offline_records(run)
+    for part in (first, second):
+        (started,) = of_type(part, "run")
+        assert (started["run_id"], started["sweep_id"]) == ("swept", "search")
+    assert of_type(first, "preempting")
+    losses = [row["item"] for part in (first, second) for row in of_type(part, "history")]
+    losses = {item["_step"]: item["eval/loss"] for item in losses if "eval/loss" in item}
+    lines = read_lines(run / "metrics.jsonl")
+    assert losses == {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}

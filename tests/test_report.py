@@ -82,7 +82,7 @@ def test_a_resumed_run_is_one_curve_and_has_every_key_of_the_readme(arguments, t
     listed = re.findall(r"`((?:train|eval|importance|probe|semantic)/\S+)`", paragraph)
     logged = {key for row in rows.values() for key in row}
     logged = {re.sub(r"\d\d$", "07", key.removesuffix("._type")) for key in logged}
-    assert len(listed) == 17
+    assert len(listed) == 18
     assert set(listed) <= logged
     (artifact,) = of_type(second, "artifact")
     assert (artifact["name"], artifact["type"]) == (f"adapter-{run['wandb_run_id']}", "model")

@@ -10,12 +10,12 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sweeps
 import yaml
 from cluster import until
 from conftest import ROOT, of_type, offline_records, read_lines
+from sweep_service import suggest
 from wandb.wandb_agent import Agent
 
 import train_ist
@@ -80,12 +80,6 @@ class OneMachine:
         self.agent = Agent(api=None, queue=queue.Queue(), sweep_id="local")
         self.agent._sweep_command = list(self.sweep["command"])
 
-    def suggest(self, runs: list[sweeps.SweepRun]) -> dict:
-        """The engine's next suggestion, as the service sends it."""
-        suggestion = sweeps.next_run(sweeps.SweepConfig(copy.deepcopy(self.sweep)), runs).config
-        values = {key: entry["value"] for key, entry in suggestion.items()}
-        return {key: {"value": v.item() if isinstance(v, np.generic) else v} for key, v in values.items()}
-
     def start(self, run_id: str, arguments: dict, kind: str = "run") -> subprocess.Popen:
         command = {"type": kind, "run_id": run_id, "program": self.sweep["program"], "args": arguments}
         assert "exception" not in (response := self.agent._process_command(command)), response
@@ -112,7 +106,7 @@ def machine(tmp_path, monkeypatch, tiny, train_file):
 def test_five_suggestions_run_and_log_the_metric(machine):
     here, runs = machine("sweep.yaml"), []
     for i in range(5):
-        arguments, run_id = here.suggest(runs), f"run{i}"
+        arguments, run_id = suggest(here.sweep, runs), f"run{i}"
         process = here.start(run_id, arguments)
         flags = [f"--{key}={entry['value']}" for key, entry in arguments.items()]
         launch = ["accelerate", "launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "1"]
@@ -140,7 +134,7 @@ def test_five_suggestions_run_and_log_the_metric(machine):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["cluster", "W&B"])
 def test_an_interrupted_run_goes_on_under_its_own_id(machine, number):
     here = machine("sweep_grid.yaml", max_steps=150, eval_steps=10)
-    arguments, folder = here.suggest([]), here.folder / "runs/tiny-again"
+    arguments, folder = suggest(here.sweep, []), here.folder / "runs/tiny-again"
     process = here.start("again", arguments)
     metrics = folder / "metrics.jsonl"
     until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 10, "the run trains", 120, 0.05)
