@@ -15,7 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -262,9 +262,8 @@ def require_consistent(args: Namespace) -> None:
 class StopRequest:
     """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the loop looks at it between steps. A second Ctrl-C stops at once.
 
-    Slurm sends a signal to all processes of a job step. Those that must outlive it have it blocked, and so do the
-    processes that they start: the launcher (launch/on_node.py), where one that came early waits until here, and what
-    is started in `held` (W&B's service, without which the record of the run ends).
+    Slurm sends a signal to all processes of a job step. The launcher must outlive it, so it has them blocked, and so
+    have its workers (launch/block_signals.py): one that came early is received here.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -273,15 +272,6 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Signals wait, for this process and the ones that it starts."""
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _receive(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
@@ -490,8 +480,7 @@ def train(
             ckpt.discard(checkpoints / ckpt.step_name(later), output_dir)
     record.rewind(finished)
     accelerator.wait_for_everyone()
-    with stop.held():
-        record.start_trackers(args.run_name)
+    record.start_trackers(args.run_name)
 
     if sharded:
         # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
