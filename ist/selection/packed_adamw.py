@@ -74,9 +74,9 @@ class PackedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             # By number of updates: a power for each scalar would cost more than all the rest.
-            updates = torch.arange(self._updates + 1, dtype=torch.float64)
-            step_sizes = lr / (1 - beta1**updates)
-            roots = (1 - beta2**updates).sqrt()
+            updates, like = torch.arange(self._updates + 1, dtype=torch.float64), flat_part(group["params"][0])
+            step_sizes = (lr / (1 - beta1**updates)).to(like)
+            roots = (1 - beta2**updates).sqrt().to(like)
             for parameter in group["params"]:
                 if parameter.grad is None or parameter not in self.state:
                     continue
@@ -86,9 +86,9 @@ class PackedAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 exp_avg.lerp_(gradient, 1 - beta1)
                 exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                denominator = exp_avg_sq.sqrt().div_(roots.to(part)[state["step"]]).add_(group["eps"])
+                denominator = exp_avg_sq.sqrt().div_(roots[state["step"]]).add_(group["eps"])
                 weight.mul_(1 - lr * group["weight_decay"])
-                part[indices] = weight.sub_(step_sizes.to(part)[state["step"]].mul_(exp_avg).div_(denominator))
+                part[indices] = weight.sub_(step_sizes[state["step"]].mul_(exp_avg).div_(denominator))
         return loss
 
     def state_bytes(self) -> int:
