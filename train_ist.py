@@ -51,6 +51,7 @@ from ist.layers import adapter_state
 from ist.loss import token_loss_sum
 from ist.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
 from ist.optimizer import RestingState
+from ist.plan import plan_run
 from ist.report import (
     METRICS,
     RunRecord,
@@ -211,6 +212,7 @@ class RunArguments:
     report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "Tracker; the files are always written.")
     run_name: str | None = option(None, "Default: the recipe's name.")
     log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
+    plan: bool = option(False, "Predict the peak memory of each device, say whether it fits, and stop.")
 
     def __post_init__(self) -> None:
         if self.log_adapter and self.report_to != "wandb":
@@ -293,7 +295,8 @@ def main(argv: Sequence[str]) -> int:
     ist_config = next(group for group in parsed if isinstance(group, ISTConfig))
     args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
     require_consistent(args)
-    require_tracker(args.report_to)
+    if not args.plan:
+        require_tracker(args.report_to)
 
     require_launcher()
     # An explicit precision: a launcher's own setting must not decide what is computed.
@@ -319,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
     args.probe_max_length = ist_config.probe_tokens(batch_size, args.max_length)
     args.probe_batch_size = ist_config.probe_rows(batch_size)
     configuration = {**vars(args), "global_batch_size": batch_size}
-    if require_free(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
+    if not args.plan and require_free(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
         return 0
 
@@ -339,6 +342,10 @@ def main(argv: Sequence[str]) -> int:
     if isinstance(rule, StepwiseUnmasking) and layers.n_scalars:
         rule.schedule(layers.n_scalars, max_steps)
     peft_config = make_peft_config(args, max_steps)
+    if args.plan:
+        if accelerator.is_main_process:
+            print(plan_run(args, ist_config, peft_config, model_config, layers.n_layers, data, accelerator))
+        return 0
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     if args.peft_config:
         configuration["adapter"] = as_json(peft_config)

@@ -85,7 +85,13 @@ def memory_arguments(method: str, config: PretrainedConfig, dtype: str, **option
         **{"peft_method": "none" if method == FULL else method, "peft_config": None, "bottleneck_size": 256},
         **{"lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.05, "exclude_modules": None},
         **{"target_modules": TARGETS[config.model_type].get(method), "layer_stack": "decoder", "selection": "all"},
-        **{"optim": "adamw_torch", "learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0},
+        **{
+            "optim": "adamw_torch",
+            "optimizer_state": "keep",
+            "learning_rate": 2e-4,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+        },
         **{"bf16": method == FULL and dtype != "float32", "gradient_checkpointing": False},
     }
     return Namespace(**defaults | options)

@@ -13,7 +13,7 @@ import math
 import weakref
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -98,7 +98,7 @@ class StepMemory:
 
     Attributes:
         weights: parameters, adapters among them, and buffers.
-        optimizer: state of all that ever trains.
+        optimizer: state of all that ever trains, or with `optimizer_state` other than keep of what trains at this step.
         gradients: of what trains at this step, all there.
         saved: what the forward leaves for the backward, log-probabilities included.
         moments: {"forward", "backward", "optimizer step": {part: bytes}}, the parts where their sum is largest in it;
@@ -142,8 +142,9 @@ def weight_tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+def _state_tensors(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    states = (optimizer.state[parameter].values() for parameter in parameters)
+    return [value for state in states for value in state if isinstance(value, Tensor)]
 
 
 class StepCounter:
@@ -151,7 +152,7 @@ class StepCounter:
 
     Args:
         model: in train mode; its weights are overwritten.
-        args: the arguments of a run; of them `optim`, `max_grad_norm`, `bf16` and `layer_stack` matter here.
+        args: the arguments of a run; `optim`, `optimizer_state`, `max_grad_norm`, `bf16` and `layer_stack` matter.
         batch: input_ids, attention_mask, labels [B, T].
         like_gpu: count the optimizer step as GPUs do it: for all parameters at once.
     """
@@ -167,8 +168,8 @@ class StepCounter:
         self.weights = storage_bytes(weight_tensors(model))
         self.trainable = parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = None
-        self.optimizer_bytes = sum(map(_eight_bit_state_bytes, parameters)) + 2 * 256 * 4
-        if args.optim == "adamw_torch":
+        self.keeps_state = args.optimizer_state == "keep"
+        if args.optim.startswith("adamw_torch"):
             self.optimizer = make_optimizer(args, parameters)
             for group in self.optimizer.param_groups:
                 group["foreach"] = True if like_gpu and not group.get("fused") else group["foreach"]
@@ -176,7 +177,6 @@ class StepCounter:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.optimizer_bytes = storage_bytes(_state_tensors(self.optimizer))
 
     def train(self, trained: Sequence[int]) -> list[nn.Parameter]:
         """Let the layers `trained` train, and no others; the parameters that train."""
@@ -185,8 +185,15 @@ class StepCounter:
                 parameter.requires_grad_(i in trained)
         return [parameter for i in trained for parameter in self.layers.parameters[i]] + self.outside
 
+    def state_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Of the optimizer's state when `parameters` train: of all, or of these where that of resting layers goes."""
+        parameters = self.trainable if self.keeps_state else parameters
+        if self.optimizer:
+            return storage_bytes(_state_tensors(self.optimizer, parameters))
+        return sum(map(_eight_bit_state_bytes, parameters)) + 2 * 256 * 4
+
     def _watch(self) -> LiveBytes:
-        state = _state_tensors(self.optimizer) if self.optimizer else []
+        state = _state_tensors(self.optimizer, self.trainable) if self.optimizer else []
         return LiveBytes([*weight_tensors(self.model), *state, *self.batch.values()])
 
     def saved(self, trained: Sequence[int]) -> int:
@@ -210,7 +217,7 @@ class StepCounter:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
             if self.optimizer:
                 self.optimizer.step()
-        events = list(live.events)
+        events, state = list(live.events), self.state_bytes(parameters)
         for parameter in parameters:
             parameter.grad = None
 
@@ -218,7 +225,7 @@ class StepCounter:
             """The parts at the moment between two events when their sum is largest."""
             totals = list(accumulate(size for _, size in events[:end]))
             at = max(range(start, end), key=totals.__getitem__, default=0)
-            parts = dict.fromkeys(PARTS, 0) | {"weights": self.weights, "optimizer": self.optimizer_bytes}
+            parts = dict.fromkeys(PARTS, 0) | {"weights": self.weights, "optimizer": state}
             for number, size in _alive(events[: at + 1]).items():
                 parts["gradients" if number in gradients else "saved" if number in saved else "temporary"] += size
             return parts
@@ -227,7 +234,7 @@ class StepCounter:
         ends = {"forward": forward_end, "backward": backward_end, "optimizer step": len(events)}
         moments = {name: at_most(start, end) for (name, end), start in zip(ends.items(), (0, *ends.values()))}
         reached = sum(made[number] for number in gradients)
-        return StepMemory(self.weights, self.optimizer_bytes, reached, sum(saved.values()), moments)
+        return StepMemory(self.weights, state, reached, sum(saved.values()), moments)
 
 
 def _eight_bit_state_bytes(parameter: Tensor) -> int:
@@ -325,26 +332,33 @@ def _native_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplac
 
 
 @contextmanager
-def _without_a_device(padded: bool, like_gpu: bool) -> Iterator[None]:
-    """Fake tensors, and what is decided by values or by device decided as real ones would.
+def as_on_gpu() -> Iterator[None]:
+    """On a CPU, keep what a GPU keeps of dropout.
 
-    transformers looks whether a mask masks anything, and takes a fake one for a masking one. For `like_gpu`: GPUs keep
-    a byte for each element that dropout saw, where CPUs keep a float; and their attention kernels apply dropout
-    themselves, where CPUs fall back to one that keeps all attention weights.
+    That is a byte for each element that it saw, where CPUs keep a float; and nothing of dropout on attention weights,
+    which a GPU's kernels apply themselves, where CPUs fall back to one that keeps all attention weights.
     """
     attention = nn.functional.scaled_dot_product_attention
 
     def without_dropout(*args, **kwargs):
         return attention(*args, **(kwargs | {"dropout_p": 0.0}))
 
+    with (
+        patch.object(nn.functional, "dropout", _native_dropout),
+        patch.object(nn.functional, "scaled_dot_product_attention", without_dropout),
+    ):
+        yield
+
+
+@contextmanager
+def _without_values(padded: bool) -> Iterator[None]:
+    """Fake tensors; whether a mask masks anything, which transformers asks their values, they are told."""
     quantize_4bit(torch.zeros(64), compress_statistics=True)  # its tables are cached, and must not be fake ones
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(patch.object(masking_utils, "is_tracing", lambda tensor=None: False))
-        stack.enter_context(patch.object(masking_utils, "fast_all", lambda mask: not padded))
-        if like_gpu:
-            stack.enter_context(patch.object(nn.functional, "dropout", _native_dropout))
-            stack.enter_context(patch.object(nn.functional, "scaled_dot_product_attention", without_dropout))
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+        patch.object(masking_utils, "fast_all", lambda mask: not padded),
+    ):
         yield
 
 
@@ -372,5 +386,5 @@ def counting(
     skeleton = load_skeleton(args, peft_config, config)
     for parameter in skeleton.parameters() if half else ():
         parameter.data = parameter.data.to(torch.bfloat16)
-    with _without_a_device(padded, like_gpu):
+    with _without_values(padded), as_on_gpu() if like_gpu else nullcontext():
         yield StepCounter(materialise(skeleton, "cpu"), args, make_batch(*shape, padded, "cpu"), like_gpu)

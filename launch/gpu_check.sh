@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One GPU, Llama-7B geometry with random weights, bf16: 20 steps with IST under DDP and under FSDP2 at world size 1.
-# Prints peak memory and tokens per second of each.
+# Prints of each the peak memory that --plan predicts, then its peak memory and tokens per second.
 #
 #   launch/gpu_check.sh [DIR]      DIR (default runs/gpu_check) gets 13.5 GB of weights and the two runs
 #
@@ -45,10 +45,15 @@ fi
 
 read -ra kinds <<<"${KINDS:-ddp fsdp2}"
 for kind in "${kinds[@]}"; do
-  .venv/bin/accelerate launch --config_file "accelerate_configs/$kind.yaml" --num_processes 1 train_ist.py \
-    --model_name_or_path "$dir/model" --train_file "$dir/rows.json" --max_length "$LENGTH" --dtype bfloat16 --bf16 true \
-    --per_device_train_batch_size 1 --max_steps 20 --warmup_steps 2 --logging_steps 20 --report_to none \
+  flags=(
+    --model_name_or_path "$dir/model" --train_file "$dir/rows.json" --max_length "$LENGTH" --dtype bfloat16 --bf16 true
+    --per_device_train_batch_size 1 --max_steps 20 --warmup_steps 2 --logging_steps 20 --report_to none
     --output_dir "$dir/$kind"
+  )
+  for plan in true false; do
+    .venv/bin/accelerate launch --config_file "accelerate_configs/$kind.yaml" --num_processes 1 train_ist.py \
+      "${flags[@]}" --plan "$plan"
+  done
 done
 .venv/bin/python - "$dir" "${kinds[@]}" <<'PYTHON'
 import json

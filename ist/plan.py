@@ -1,0 +1,281 @@
+"""`train_ist.py --plan true`: the peak memory of each device of a run, predicted by part before any weight is loaded.
+
+One step is counted without weights (ist/memory.py), that of the draw of layers that needs most, then cut for the
+topology.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ist.config import ISTConfig, UsageError, brief
+from ist.data import Data
+from ist.memory import (
+    PARTS,
+    SavedByLayer,
+    StepCounter,
+    StepMemory,
+    counting,
+    layers_that_train,
+    storage_bytes,
+    weight_tensors,
+)
+from ist.model import require_served
+from ist.report import markdown_table
+
+
+@dataclass
+class Topology:
+    """`ranks` processes, each with a device of `device_bytes`; `sharded` is FSDP2, else each holds the whole model."""
+
+    ranks: int
+    sharded: bool
+    device_bytes: int
+
+
+# Of a device's memory, what a plan may use: the rest is for the context, workspaces, and the allocator's gaps.
+USABLE = 0.9
+
+
+def sharded_step(step: StepMemory, counter: StepCounter, ranks: int) -> StepMemory:
+    """A step as one of FSDP2's ranks has it, from the step of a whole model on one device.
+
+    Weights, gradients and optimizer state: this rank's share, the first dimension cut into `ranks` pieces and rounded
+    up; what trains is stored in float32. Gathered, and `temporary`: what is in no layer (embeddings, head), from the
+    forward on, and two layers, the one at work and the next, gathered early. In the backward the gradients of one layer
+    are whole twice before they are reduced: as they come, and in one piece. Activations are as on one device.
+    """
+    parameters = list(counter.model.parameters())
+    layers = [list(block.parameters()) for block in counter.layers.blocks]
+    in_layers = {id(parameter) for layer in layers for parameter in layer}
+
+    def share(tensors: Iterable[Tensor], item: int) -> int:
+        """Bytes of this rank's rows, elements taking `item` bytes, or what they take where that is more."""
+        return sum(-(-len(t) // ranks) * (t.numel() // len(t)) * max(item, t.element_size()) for t in tensors)
+
+    def whole(tensors: Iterable[Tensor]) -> int:
+        return sum(tensor.nbytes for tensor in tensors)
+
+    trains, trainable = counter.trainable, {id(parameter) for parameter in counter.trainable}
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weights = share(trains, 4) + share((p for p in parameters if id(p) not in trainable), 0)
+    weights += storage_bytes(t for t in weight_tensors(counter.model) if not isinstance(t, nn.Parameter))
+    kept = trains if counter.keeps_state else trained
+    optimizer, gradients = 2 * share(kept, 4) + 4 * len(kept), share(trained, 4)
+    gathered = whole(p for p in parameters if id(p) not in in_layers) + 2 * max(map(whole, layers))
+    reduced = 2 * max(whole(p for p in layer if p.requires_grad) for layer in layers)
+    moments = {}
+    for moment, parts in step.moments.items():
+        moments[moment] = parts | {"weights": weights, "optimizer": optimizer}
+        moments[moment]["gradients"] = min(gradients, parts["gradients"])
+        if moment == "optimizer step":
+            moments[moment]["temporary"] = -(-parts["temporary"] // ranks)
+        else:
+            moments[moment]["temporary"] += gathered + (reduced if moment == "backward" else 0)
+    return StepMemory(weights, optimizer, gradients, step.saved, moments)
+
+
+def replicated_step(step: StepMemory) -> StepMemory:
+    """A step as one of several whole replicas has it.
+
+    Gradients are reduced in flat copies, which a backward leaves layer by layer and which stay until all are reduced.
+    """
+    reduction = dict(zip(PARTS, (step.weights, step.optimizer, step.gradients, 0, step.gradients), strict=True))
+    backward = dict(step.moments["backward"])
+    backward["temporary"] += backward["gradients"]
+    return replace(step, moments=step.moments | {"backward": backward, "gradient reduction": reduction})
+
+
+@dataclass
+class Prediction:
+    """The costliest step of a run on one device, and the mean of its peaks over steps; bytes."""
+
+    step: StepMemory
+    mean_peak: int
+
+
+def predict(
+    args: Namespace,
+    ist_config: ISTConfig,
+    peft_config: PeftConfig | None,
+    config: PretrainedConfig,
+    n_layers: int,
+    shape: tuple[int, int],
+    padded: bool,
+    topology: Topology,
+    like_gpu: bool,
+) -> Prediction:
+    """Peak memory per device of the run that the arguments describe, its micro-batches being of `shape`.
+
+    Not in it: what torch.compile changes, and `probe: gradient`, whose backward goes through every layer.
+
+    Raises:
+        UsageError: the adapter cannot be made without weights, the model cannot be followed without values, or what
+            trains is scalars that gradients choose.
+    """
+    if ist_config.selection == "id3":
+        raise UsageError("--plan knows layers, --selection id3 chooses scalars: plan it as --selection all.")
+    draws, costliest = layers_that_train(ist_config, n_layers)
+    try:
+        half = topology.sharded and args.bf16
+        with counting(args, peft_config, config, shape, padded, like_gpu, half) as counter:
+            step = counter.step(costliest)
+            mean_saved = step.saved
+            if any(draw != costliest for draw in draws):
+                last = range(n_layers - len(costliest), n_layers)
+                everything, lowest = counter.saved(range(n_layers)), counter.saved([0, *last[1:]])
+                by_layer = SavedByLayer.solved(everything, lowest, counter.saved(last), n_layers, len(costliest))
+                mean_saved = sum(by_layer.saved(draw, n_layers) for draw in draws) / len(draws)
+                counter.train(costliest)
+            if topology.sharded:
+                step = sharded_step(step, counter, topology.ranks)
+            elif topology.ranks > 1:
+                step = replicated_step(step)
+    except UsageError as error:
+        raise UsageError(f"--plan cannot make this adapter without the base weights: {error}") from error
+    except (NotImplementedError, RuntimeError) as error:  # what fake tensors raise where values decide
+        raise UsageError(f"--plan cannot follow this model without its weights: {brief(error)}") from error
+    return Prediction(step, round(step.peak - step.at_peak["saved"] * (1 - mean_saved / step.saved)))
+
+
+def _changes(
+    args: Namespace, peft_config: PeftConfig | None, shape: tuple[int, int], topology: Topology
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What makes a run smaller and leaves its mathematics, or nearly: (flags, changes to `predict`'s arguments)."""
+
+    def flags(**values: Any) -> tuple[str, dict[str, Any]]:
+        text = " ".join(f"--{key} {str(value).lower()}" for key, value in values.items())
+        return text, {"args": values}
+
+    if args.attn_implementation == "eager":
+        yield flags(attn_implementation="sdpa")
+    if not args.gradient_checkpointing:
+        yield flags(gradient_checkpointing=True)
+    if shape[0] > 1:
+        accumulation = args.gradient_accumulation_steps * args.per_device_train_batch_size
+        text, _ = flags(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation)
+        yield text, {"shape": (1, shape[1]), "padded": False}
+    if topology.ranks > 1 and not topology.sharded and not args.load_in_4bit and args.optim.startswith("adamw_torch"):
+        yield "accelerate_configs/fsdp2.yaml", {"topology": replace(topology, sharded=True)}
+    if args.optimizer_state == "keep" and not args.optim.endswith("8bit"):
+        yield flags(optimizer_state="offload")
+    if args.peft_method == "none" and args.optim == "adamw_torch" and topology.ranks == 1:
+        yield flags(optim="adamw_8bit")
+    if peft_config and args.dtype in ("auto", "float32") and not args.load_in_4bit:
+        yield flags(dtype="bfloat16")
+    if peft_config and not args.load_in_4bit:
+        text, change = flags(load_in_4bit=True)
+        with suppress(UsageError):  # of a method that computes with the base weights themselves
+            require_served(peft_config, Namespace(**vars(args) | change["args"]), topology.sharded)
+            yield text, change
+
+
+def plan(
+    args: Namespace,
+    ist_config: ISTConfig,
+    peft_config: PeftConfig | None,
+    config: PretrainedConfig,
+    n_layers: int,
+    shape: tuple[int, int],
+    padded: bool,
+    topology: Topology,
+    like_gpu: bool,
+) -> str:
+    """What `train_ist.py --plan true` prints: the prediction by part, whether it fits, else what to change first.
+
+    Args:
+        shape: rows and tokens of the largest micro-batch; `padded`: its rows can differ in length.
+        like_gpu: count as on a GPU; else as on a CPU.
+    """
+    given = {"args": args, "shape": shape, "padded": padded, "topology": topology}
+
+    def predicted(changes: Iterable[dict[str, Any]]) -> Prediction:
+        options = dict(given)
+        for change in changes:
+            keys = {"args": Namespace(**vars(options["args"]) | change["args"])} if "args" in change else {}
+            options |= change | keys
+        return predict(
+            ist_config=ist_config,
+            peft_config=peft_config,
+            config=config,
+            n_layers=n_layers,
+            like_gpu=like_gpu,
+            **options,
+        )
+
+    found = predicted([])
+    step = found.step
+    how = "sharded over" if topology.sharded else "whole on each of"
+    lines = [
+        f"Predicted memory per device, model {how} {topology.ranks} device{'s' * (topology.ranks > 1)}, micro-batches "
+        f"of {shape[0]} x {shape[1]} tokens:",
+        "",
+        *markdown_table(
+            ["part", "largest, GB", "at the peak, GB"],
+            [
+                ["weights and adapters", _gb(step.weights), _gb(step.at_peak["weights"])],
+                ["optimizer state", _gb(step.optimizer), _gb(step.at_peak["optimizer"])],
+                ["gradients", _gb(step.gradients), _gb(step.at_peak["gradients"])],
+                ["saved for the backward", _gb(step.saved), _gb(step.at_peak["saved"])],
+                ["temporary", "", _gb(step.at_peak["temporary"])],
+                ["peak", "", _gb(step.peak)],
+            ],
+        ),
+        "",
+        f"The peak is in the {step.moment} of the steps that train the lowest layer; mean over steps "
+        f"{_gb(found.mean_peak)} GB.",
+    ]
+    usable = USABLE * topology.device_bytes
+    verdict = f"of {_gb(topology.device_bytes)} GB a device has, {_gb(usable)} can be used"
+    if step.peak <= usable:
+        return "\n".join([*lines, f"It fits: {verdict}."])
+    rows, changes = [], []
+    for text, change in _changes(args, peft_config, shape, topology):
+        peak = predicted([change]).step.peak
+        if peak < step.peak:
+            rows.append([text, _gb(peak), "yes" if peak <= usable else "no"])
+            changes.append(change)
+    if len(changes) > 1:
+        peak = predicted(changes).step.peak
+        rows.append(["all of these", _gb(peak), "yes" if peak <= usable else "no"])
+    lines += [f"It does not fit: {verdict}. What to change, and the peak it gives:", ""]
+    return "\n".join([*lines, *markdown_table(["change", "peak, GB", "fits"], rows)])
+
+
+def _gb(size: float) -> str:
+    """Decimal gigabytes, three digits."""
+    return f"{size / 1e9:.3g}" if size < 1e11 else f"{size / 1e9:.0f}"
+
+
+def plan_run(
+    args: Namespace,
+    ist_config: ISTConfig,
+    peft_config: PeftConfig | None,
+    config: PretrainedConfig,
+    n_layers: int,
+    data: Data,
+    accelerator: Accelerator,
+) -> str:
+    """`plan` of a run on these rows and processes: its largest micro-batch holds the longest row."""
+    lengths = [len(ids) for ids in data.rows["input_ids"]]
+    rows, gpu = args.per_device_train_batch_size, accelerator.device.type == "cuda"
+    shape, padded = (rows, max(lengths)), rows > 1 and len(set(lengths)) > 1
+    if args.packing:  # at the most; the mask keeps rows apart
+        shape, padded = (1, rows * max(lengths)), rows > 1
+    if gpu:
+        device_bytes = torch.cuda.get_device_properties(accelerator.device).total_memory
+    else:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        device_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    topology = Topology(accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, device_bytes)
+    return plan(args, ist_config, peft_config, config, n_layers, shape, padded, topology, gpu)
