@@ -360,7 +360,8 @@ def main(argv: Sequence[str]) -> int:
         accelerator,
         configuration,
         **environment(accelerator),
-        **{"steps": 0, "max_steps": max_steps, "layers": layers.names, "layer_counts": rule.counts._asdict()},
+        **{"steps": checkpoint[1]["step"] if checkpoint else 0, "max_steps": max_steps},
+        **{"layers": layers.names, "layer_counts": rule.counts._asdict()},
         **{"dropped_rows": data.dropped, "resumed_from": str(checkpoint[0]) if checkpoint else None},
         trained_counts=checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * layers.n_layers,
     )

@@ -27,6 +27,7 @@ from conftest import make_tiny, read_lines, reset_accelerate
 from safetensors.torch import load_file
 
 import ist.checkpoint
+import ist.probe
 import ist.tuner
 import train_ist
 from ist.data import arithmetic_rows
@@ -95,6 +96,8 @@ class Interruptions:
         tuner = ist.tuner.SparseTuner
         tuner.update_importance = self.within("probe", tuner.update_importance)
         train_ist.token_loss_sum = self.at(train_ist.token_loss_sum)
+        for name in ("token_loss_sum", "row_loss_sums"):
+            setattr(ist.probe, name, self.at(getattr(ist.probe, name)))
         for name in ("_gathered", "_split_optimizer", "save_file", "write_json", "publish"):
             setattr(ist.checkpoint, name, self.at(getattr(ist.checkpoint, name), "save"))
 
