@@ -36,6 +36,7 @@ from ist.data import GlobalBatches, collate, micro_batches, prepare_data
 from ist.distributed import Traffic
 from ist.model import load_model, make_peft_config, plan_layers
 from ist.report import RunRecord, read_lines
+from ist.selection import StepwiseUnmasking
 from ist.tuner import SparseTuner
 
 WINDOW = 10  # steps: one importance update at the default interval
@@ -49,6 +50,7 @@ ARMS: dict[str, dict] = {
     "ist, cheap probe": {"selection": "ist", "probe": "cheap"},
     "ist, gradient probe": {"selection": "ist", "probe": "gradient"},
     "last": {"selection": "last"},
+    "id3": {"selection": "id3"},
     "semantic+ist, cheap probe": {"selection": "semantic+ist", "probe": "cheap"},
 }
 
@@ -95,6 +97,7 @@ class Stopwatch:
             (Accelerator, "backward", "backward"),
             (Accelerator, "clip_grad_norm_", "optimizer"),
             (AcceleratedOptimizer, "step", "optimizer"),
+            (StepwiseUnmasking, "unmask", "optimizer"),
             (SparseTuner, "update_importance", "probe"),
             (RunRecord, "importance", "begin_step"),
             (RunRecord, "metrics", "begin_step"),

@@ -1,10 +1,11 @@
-"""LoRA + ID3 on a real model beside plain LoRA: validation loss, optimizer state, step time; the table in the README.
+"""LoRA + ID3 on a real model beside plain LoRA: validation loss and optimizer state, as the table in the README.
 
     python tests/id3.py --train_file math.json              prints
     python tests/id3.py --train_file math.json --publish    writes launch/results/id3.json, updates README.md
 
 Rows as train_ist.py takes them, some of them held out. Every arm is a run of train_ist.py's own main, its optimizer and
-rule watched from inside.
+rule watched from inside. The file has seconds too, but of arms that ran one after the other: to compare times, use
+`python -m ist.benchmark speed`, where arms take turns.
 """
 
 import argparse
@@ -94,19 +95,15 @@ def try_arm(arm: str, options: argparse.Namespace) -> dict:
 
 
 def as_table(answers: dict[str, dict]) -> str:
-    last = max(next(iter(answers.values()))["validation_loss"])
+    last = max(next(iter(answers.values()))["validation_loss"], key=int)
     lines = [
-        f"| arm | scalars trained | optimizer state | validation loss, step 0 → {last} | seconds a step, median | "
-        "of them choosing | updating |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | scalars trained | optimizer state | validation loss, step 0 → {last} |",
+        "|---|---|---|---|",
     ]
     for arm, answer in answers.items():
-        loss = answer["validation_loss"]
-        lines.append(
-            f"| {arm} | {answer['scalars']:,} | {answer['optimizer_state_bytes'] / 1e6:.1f} MB | "
-            f"{loss[0]:.3f} → {loss[last]:.3f} | {answer['step_seconds']:.2f} | {answer['choosing_seconds']:.3f} | "
-            f"{answer['update_seconds']:.3f} |"
-        )
+        loss = {int(step): value for step, value in answer["validation_loss"].items()}
+        megabytes = answer["optimizer_state_bytes"] / 1e6
+        lines.append(f"| {arm} | {answer['scalars']:,} | {megabytes:.1f} MB | {loss[0]:.3f} → {loss[int(last)]:.3f} |")
     return "\n".join(lines)
 
 
