@@ -162,7 +162,8 @@ class TrainArguments:
         "adamw_torch", "8-bit: bitsandbytes'."
     )
     optimizer_state: Literal["keep", "drop", "offload"] = option(
-        "keep", "Moments of resting layers: drop starts from zero when a layer is drawn again, offload is to the CPU."
+        "keep",
+        "Moments of resting layers: drop them (zero when a layer is drawn again), or offload to the CPU (but for saves).",
     )
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
@@ -180,7 +181,11 @@ class TrainArguments:
             require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
         if self.optimizer_state == "offload" and self.optim.endswith("8bit"):
             raise UsageError(
-                f"--optimizer_state offload cannot move the state of --optim {self.optim}: choose drop, or adamw_torch."
+                f"--optimizer_state offload cannot move the state of --optim {self.optim}: use adamw_torch."
+            )
+        if self.optimizer_state == "drop" and self.optim == "paged_adamw_8bit":
+            raise UsageError(
+                "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
             )
         if self.torch_compile:
             backends = torch._dynamo.list_backends(exclude_tags=())
@@ -310,6 +315,10 @@ def main(argv: Sequence[str]) -> int:
 
     # Layers, from the model's configuration; then the run folder: this run's own, or free.
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and args.torch_compile:
+        raise UsageError(
+            "--torch_compile true is for one process and DDP: leave it out, or use accelerate_configs/ddp.yaml."
+        )
     layers, model_config, vocabulary = plan_layers(args, sharded)
     rule = make_rule(layers.n_layers, ist_config)
     resolve_output_dir(args, recipe)
@@ -406,10 +415,14 @@ def train(
     else:  # in evaluation mode Accelerate leaves out DistributedDataParallel: GradientReducer stands in for it
         model = accelerator.prepare_model(model, evaluation_mode=True)
         optimizer = accelerator.prepare_optimizer(optimizer)
-    # Without Accelerate's own wrapper, which makes float32 of all logits: autocast stands in train's forwards instead.
-    peft_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    peft_model = accelerator.unwrap_model(model)
+    # Without Accelerate's own wrapper, which makes float32 of all logits: autocast stands around the forwards instead.
+    if vars(peft_model).pop("_original_forward", None) is not None:
+        del peft_model.forward
     if sharded and not all(isinstance(parameter, DTensor) for parameter in peft_model.parameters()):
         raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
+    # By name now: after a forward without gradients FSDP has other objects in the place of some of them.
+    trained_names = {n: p for n, p in peft_model.named_parameters(remove_duplicate=False) if p.requires_grad}
     parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     allocation = AdaLoraAllocation(peft_model) if isinstance(peft_config, AdaLoraConfig) else None
     if allocation and peft_config.total_step != max_steps:
@@ -462,9 +475,7 @@ def train(
 
     def whole_adapter() -> dict[str, Tensor]:
         """All that makes up the adapter, what trains and what does not, by name; without one, what trains."""
-        trains = {id(parameter) for parameter in parameters.values()}
-        named = {name: p for name, p in peft_model.named_parameters(remove_duplicate=False) if id(p) in trains}
-        return adapter_state(peft_model) | named
+        return adapter_state(peft_model) | trained_names
 
     # Resume.
     finished, tokens, best, validation_loss = 0, 0, None, None
@@ -498,7 +509,7 @@ def train(
         with measuring(peft_model):
             some = range(min(len(rows), batch_size))
             packed, apart = (reduce_sum(loss_over(rows, some, None, packing)) for packing in (True, False))
-        if not torch.allclose(packed, apart, rtol=2e-2 if args.bf16 or args.dtype == "bfloat16" else 1e-4):
+        if not torch.allclose(packed, apart, rtol=5e-3 if args.bf16 or args.dtype == "bfloat16" else 1e-4):
             raise UsageError(
                 f"--packing true gives this model another loss ({packed[0] / packed[1]:.5f}, rows apart "
                 f"{apart[0] / apart[1]:.5f}): its attention, or its state, goes across rows. Leave it out."
@@ -584,6 +595,7 @@ def train(
         write = accelerator.is_main_process
         tensors = whole_adapter() | (allocation.tensors() if allocation else {})
         ckpt.save_checkpoint(output_dir, finished, tensors, parameters, optimizer.optimizer, state, write)
+        resting_state.switch(tuner.trained)
         if write:
             keep = best["step"] if best and args.load_best_model_at_end else None
             ckpt.prune_checkpoints(output_dir, args.save_total_limit, keep)

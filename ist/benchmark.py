@@ -233,7 +233,8 @@ def training_flags(options: Namespace) -> Iterator[dict[str, Any]]:
     """The keys of train_ist.py of a short run on word problems, several to a row so that all have --length tokens."""
     if not (Path(options.model_name_or_path) / "config.json").exists():
         raise UsageError(f"--model_name_or_path must be a folder with a model; got {options.model_name_or_path}.")
-    require(options.steps >= 2 * timing.WINDOW, "steps", f"{2 * timing.WINDOW} or more", options.steps)
+    whole = options.steps >= 2 * timing.WINDOW and options.steps % timing.WINDOW == 0
+    require(whole, "steps", f"a multiple of {timing.WINDOW}, {2 * timing.WINDOW} or more", options.steps)
     problems = arithmetic_rows(4096, seed=1, held_out=False)
     # A token is some four characters of such text; more of them than needed are cut.
     count = max(1, 6 * options.length // len(problems[0]["instruction"] + problems[0]["output"]) + 1)

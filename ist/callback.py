@@ -167,6 +167,8 @@ def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module
         raise ValueError('activation_checkpointing_kwargs must be {"use_reentrant": False}, the default')
     if not hasattr(train_dataloader.dataset, "__getitem__") or not hasattr(train_dataloader.dataset, "__len__"):
         raise ValueError("train_dataset must have a length and rows by number: probes are drawn from it")
+    if config.probe_max_length:
+        raise ValueError("probe_max_length is train_ist.py's: here rows come collated; leave it out")
     if config.calibrates and model.config.is_encoder_decoder:
         raise ValueError("semantic rules compare hidden states with next tokens: not served in an encoder-decoder")
     labels = train_dataloader.collate_fn([train_dataloader.dataset[0]]).get("labels")

@@ -317,13 +317,18 @@ def micro_batches(
     """This rank's share of `indices` as padded batches of `size` rows: input_ids, attention_mask, labels, all [B, S].
 
     Every rank gets the same number of batches (sharded forwards need it); where rows run out, a masked one stands. Of
-    each row `last_tokens` are taken: the answer stands at its end. With `packing`, see `pack`.
+    each row the `last_tokens` up to its last predicted one are taken. With `packing`, see `pack`.
     """
-    last = slice(None if last_tokens is None else -last_tokens, None)
     for start in range(0, len(indices), size * world_size):
         share = indices[start + rank * size : start + (rank + 1) * size]
         batch = rows[list(share)] if share else {"input_ids": [[pad_token_id] * 2], "labels": [[IGNORE] * 2]}
-        input_ids, labels = ([ids[last] for ids in batch[key]] for key in ("input_ids", "labels"))
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        if last_tokens is not None:
+            ends = [max((i for i, label in enumerate(row) if label != IGNORE), default=1) + 1 for row in labels]
+            input_ids, labels = (
+                [row[max(0, end - last_tokens) : end] for row, end in zip(rows_of, ends, strict=True)]
+                for rows_of in (input_ids, labels)
+            )
         yield pack(input_ids, labels) if packing else collate(input_ids, labels, pad_token_id)
 
 

@@ -46,6 +46,10 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
     if kind == DistributedType.FSDP:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             raise UsageError("fsdp_offload_params is not supported: set it to false, or use --load_in_4bit true.")
+        if accelerator.state.fsdp_plugin.reshard_after_forward is False:
+            raise UsageError(
+                "fsdp_reshard_after_forward false would train resting layers after each probe: set it to true."
+            )
         if optim not in ("adamw_torch", "adamw_torch_fused"):
             raise UsageError(
                 f"--optim {optim} cannot update sharded parameters: use adamw_torch, or launch with "

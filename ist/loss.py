@@ -24,7 +24,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for part, wanted, out in zip(logits.split(size), labels.split(size), logsumexp.split(size), strict=True):
             out.copy_(part.float().logsumexp(dim=1))
             picked = part.gather(1, wanted.clamp_min(0)[:, None])[:, 0].float()
-            total += ((out - picked) * (wanted != IGNORE)).sum()
+            total += (out - picked).where(wanted != IGNORE, 0).sum()
         ctx.save_for_backward(logits, labels, logsumexp)
         return total
 
@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for part, wanted, normal, out in zip(*parts, strict=True):
             probability = (part.float() - normal[:, None]).exp_()
             probability.scatter_add_(1, wanted.clamp_min(0)[:, None], torch.full_like(normal, -1)[:, None])
-            out.copy_(probability.mul_((gradient * (wanted != IGNORE))[:, None]))
+            out.copy_(probability.mul_(gradient).masked_fill_((wanted == IGNORE)[:, None], 0))
         return result, None
 
 

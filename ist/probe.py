@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ist.layers import LayerMap
 from ist.loss import IGNORE, row_loss_sums, token_loss_sum
-from ist.suppression import suppress
+from ist.suppression import RowsMixed, suppress
 
 # Methods whose response to a row depends on the other rows of the batch: Lily's router takes means over all of it.
 ROWS_MIX = {PeftType.LILY}
@@ -44,25 +44,36 @@ def stacked(
 ) -> Tensor:
     """All candidates in one forward a batch, which stands there once for each: N_c times fewer gathers when sharded."""
     sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=model.device)
-    if any(config.peft_type in ROWS_MIX for config in model.peft_config.values()):
-
-        def loss(batch: dict[str, Tensor]) -> Tensor:
-            return torch.stack([token_loss_sum(model, batch), _predicted(model, batch)])
-
-        for batch in batches:
-            sums += one_by_one(layers, candidates, beta, lambda batch=batch: loss(batch))
-        return sums
-    response = torch.tensor([[1.0 if i in kept else beta for kept in candidates] for i in range(layers.n_layers)])
+    mixed = any(config.peft_type in ROWS_MIX for config in model.peft_config.values())
+    flash = "flash" in str(model.config._attn_implementation)  # it knows packed rows by a batch of one only
     for batch in batches:
-        rows = len(batch["labels"])
-        repeated = {key: value.repeat(len(candidates), *[1] * (value.dim() - 1)) for key, value in batch.items()}
-        with ExitStack() as hooks:
-            for modules, gates in zip(layers.modules, response.to(sums.device), strict=True):
-                if not (gates == 1).all():
-                    hooks.enter_context(suppress(modules, gates.repeat_interleave(rows)))
-            sums[:, 0] += row_loss_sums(model, repeated).double().view(len(candidates), rows).sum(dim=1)
-        sums[:, 1] += _predicted(model, batch)
+        try:
+            if mixed or (flash and "position_ids" in batch):
+                raise RowsMixed
+            sums[:, 0] += _stacked_losses(model, layers, candidates, beta, batch)
+            sums[:, 1] += _predicted(model, batch)
+        except RowsMixed:
+
+            def loss(batch: dict[str, Tensor] = batch) -> Tensor:
+                return torch.stack([token_loss_sum(model, batch), _predicted(model, batch)])
+
+            sums += one_by_one(layers, candidates, beta, loss)
     return sums
+
+
+def _stacked_losses(
+    model: nn.Module, layers: LayerMap, candidates: Sequence[Sequence[int]], beta: float, batch: dict[str, Tensor]
+) -> Tensor:
+    """[N_c] float64, sums of token losses of a batch."""
+    rows, length = batch["labels"].shape
+    repeated = {key: value.repeat(len(candidates), *[1] * (value.dim() - 1)) for key, value in batch.items()}
+    with ExitStack() as hooks:
+        for i, modules in enumerate(layers.modules):
+            gates = [1.0 if i in kept else beta for kept in candidates]
+            if set(gates) != {1.0}:
+                by_row = torch.tensor(gates, device=model.device).repeat_interleave(rows)
+                hooks.enter_context(suppress(modules, by_row, length))
+        return row_loss_sums(model, repeated).double().view(len(candidates), rows).sum(dim=1)
 
 
 @contextmanager
@@ -86,15 +97,14 @@ def gate_derivatives(
     tokens = torch.zeros_like(loss_sum)
     with _all_frozen(model), torch.enable_grad():
         for batch in batches:
-            rows = len(batch["labels"])
-            gates = [torch.ones(rows, device=model.device, requires_grad=True) for _ in layers.modules]
+            gates = [torch.ones((), device=model.device, requires_grad=True) for _ in layers.modules]
             with ExitStack() as hooks:
                 for modules, gate in zip(layers.modules, gates, strict=True):
                     hooks.enter_context(suppress(modules, gate))
                 loss = token_loss_sum(model, batch)
-                by_row = torch.autograd.grad(loss, gates)  # here: checkpointing runs layers again, with their hooks
+                by_layer = torch.autograd.grad(loss, gates)  # here: checkpointing runs layers again, with their hooks
             loss_sum += loss.detach()
-            derivatives += torch.stack(by_row).double().sum(dim=1)
+            derivatives += torch.stack(by_layer)
             tokens += _predicted(model, batch)
     return loss_sum, derivatives, tokens
 

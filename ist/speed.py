@@ -401,7 +401,7 @@ def communicate(flags: dict) -> None:
 
         SparseTuner.begin_step = begin
         try:
-            with _silent():
+            with contextlib.redirect_stdout(sys.stderr):
                 code = job.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
         finally:
             SparseTuner.begin_step = begin_step

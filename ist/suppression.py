@@ -16,30 +16,36 @@ from torch.utils.hooks import RemovableHandle
 _PEFT_ONLY = ("adapter_names", "alora_offsets", "task_ids")
 
 
+class RowsMixed(ValueError):
+    """A module's output does not tell the rows of the batch apart, so no gate for each can be applied."""
+
+
 @contextmanager
-def suppress(modules: Iterable[BaseTunerLayer], gate: float | Tensor) -> Iterator[None]:
+def suppress(modules: Iterable[BaseTunerLayer], gate: float | Tensor, length: int = 1) -> Iterator[None]:
     """Within the context, the response of each PEFT module is multiplied by `gate`: 1 full, 0 that of its base layer.
 
     Exact at both ends, bit for bit. The hooks go when the context ends, by an exception as well.
 
     Args:
-        gate: a number, or a [B] tensor: one per row of the batch, so that one forward holds several candidate sets.
+        gate: a number, a scalar tensor, or a [B] tensor: one per row of the batch, so that one forward holds several
+            candidate sets.
+        length: tokens of a row, for modules whose input is [B x length, ...], rows and positions in one.
 
     Raises:
-        ValueError: an adapter is merged into its base layer: its response can no longer be told apart; or, in the
-            forward, the gates are not as many as the rows.
+        ValueError: an adapter is merged into its base layer: its response can no longer be told apart.
+        RowsMixed: in the forward; the gates are as many as neither the rows nor, times `length`, the tokens.
     """
     handles: list[RemovableHandle] = []
     try:
         for module in modules:
-            handles += _gate(module, gate)
+            handles += _gate(module, gate, length)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _gate(module: BaseTunerLayer, gate: float | Tensor) -> list[RemovableHandle]:
+def _gate(module: BaseTunerLayer, gate: float | Tensor, length: int) -> list[RemovableHandle]:
     if module.merged:
         raise ValueError("an adapter is merged into its base layer; unmerge it before measuring importance")
     base_calls: list[tuple[Tensor | None, Tensor, int]] = []
@@ -63,10 +69,14 @@ def _gate(module: BaseTunerLayer, gate: float | Tensor) -> list[RemovableHandle]
         # lerp is exact at 0 and at 1; base + gate * (adapted - base) is exact at neither in bf16.
         if not isinstance(gate, Tensor):
             return torch.lerp(base.to(adapted.dtype), adapted, gate)
-        if gate.shape != adapted.shape[:1]:
-            raise ValueError(f"{list(gate.shape)} gates for a response of shape {list(adapted.shape)}")
         precision = torch.promote_types(adapted.dtype, torch.float32)  # a gate of 0.3 is another number in bfloat16
-        gates = gate.to(adapted.device, precision).view(-1, *[1] * (adapted.dim() - 1))
+        gates = gate.to(adapted.device, precision)
+        if gate.dim():
+            if adapted.dim() == 2 and length > 1 and len(adapted) == len(gate) * length:
+                gates = gates.repeat_interleave(length)
+            elif gate.shape != adapted.shape[:1]:
+                raise RowsMixed(f"{list(gate.shape)} gates for a response of shape {list(adapted.shape)}")
+            gates = gates.view(-1, *[1] * (adapted.dim() - 1))
         return torch.lerp(base.to(precision), adapted.to(precision), gates).to(adapted.dtype)
 
     return [

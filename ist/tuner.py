@@ -77,6 +77,7 @@ class SparseTuner:
         if not isinstance(self.rule, CalibratedRule):
             return None
         if not self.rule.calibrated:
+            self._require_batches()
             with measuring(self.model):
                 self.rule.calibrate(self.model, self.layers, self.batches("calibration"))
         return self.rule.summary()
@@ -110,6 +111,7 @@ class SparseTuner:
             if self.config.probe == "full":
                 sums = probe.one_by_one(self.layers, candidates, self.config.suppression, lambda: self.probe_loss(step))
             else:
+                self._require_batches()
                 measure = probe.stacked if self.config.probe == "cheap" else probe.estimated
                 sums = measure(self.model, self.layers, candidates, self.config.suppression, self.batches(step))
         loss_sum, tokens = distributed.reduce_sum(sums).unbind(dim=1)
@@ -152,6 +154,11 @@ class SparseTuner:
         self.rule.load_state_dict(state)
         self.trained_counts = list(state["trained_counts"])
         self._plan = {}
+
+    def _require_batches(self) -> None:
+        if self.batches is None:
+            what = f"probe {self.config.probe}, selection {self.config.selection}"
+            raise ValueError(f"SparseTuner needs `batches` for this ({what}): see its docstring")
 
     def _activate(self, trained: list[int]) -> None:
         for i, parameters in enumerate(self.layers.parameters):

@@ -16,7 +16,8 @@ from conftest import reset_accelerate
 from methods import Watch, rest
 
 STEPS, HALF = 20, 10
-FULL = {"peft_method": "none"}
+# A validation before each save: under FSDP it leaves gathered parameters in the place of sharded ones.
+FULL = {"peft_method": "none", "validation_size": 6, "eval_steps": HALF}
 ARMS = {
     "random": {"selection": "random"},
     "lisa": {"selection": "lisa", "lisa_interval": 4, "trained_layers": 2},

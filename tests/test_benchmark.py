@@ -84,7 +84,7 @@ def test_gradients_travel_in_the_share_of_trained_layers(tiny, tmp_path):
     ("options", "message"),
     [
         (("--model_name_or_path", "nowhere"), "--model_name_or_path must be a folder with a model; got nowhere"),
-        (("--steps", "5"), "--steps must be 20 or more; got 5"),
+        (("--steps", "5"), "--steps must be a multiple of 10, 20 or more; got 5"),
     ],
 )
 def test_bad_input(tiny, tmp_path, options, message):

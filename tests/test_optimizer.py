@@ -109,6 +109,7 @@ def test_compiled_layers_have_four_graphs_at_most_and_probes_are_seen(train, tmp
     ("options", "message"),
     [
         ({"optimizer_state": "offload", "optim": "adamw_8bit"}, "--optimizer_state offload cannot move the state of"),
+        ({"optimizer_state": "drop", "optim": "paged_adamw_8bit"}, "--optimizer_state drop cannot free the pages of"),
         ({"torch_compile": True, "torch_compile_backend": "x"}, "--torch_compile_backend must be one of .*; got x"),
         ({"torch_compile": True, "gradient_checkpointing": True}, "--torch_compile true cannot be had with"),
     ],

@@ -3,15 +3,17 @@
 import pytest
 import torch
 from conftest import read_lines, tiny_config
+from datasets import Dataset
 from peft import LilyConfig, LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from ist import probe
 from ist.adapters import SeriesConfig
 from ist.config import ISTConfig
+from ist.data import micro_batches
 from ist.layers import LayerMap
 from ist.loss import token_loss_sum
-from ist.suppression import measuring, suppress
+from ist.suppression import RowsMixed, measuring, suppress
 
 CANDIDATES = [[0, 2], [1, 2, 4], [3, 4]]
 CONFIGS = {
@@ -114,6 +116,43 @@ def test_an_exception_leaves_nothing_frozen():
         probe.gate_derivatives(model, layers, (1 / 0 for _ in range(1)))
     assert [p.requires_grad for p in model.parameters()] == trains
     assert not any(m._forward_hooks or m._forward_pre_hooks for modules in layers.modules for m in modules)
+
+
+def test_a_model_that_flattens_rows_and_positions():
+    """OPT's fc1 and fc2 see [B x T, H]."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 400, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 5}
+    base = OPTForCausalLM(OPTConfig(num_attention_heads=4, dropout=0.0, **shape))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["fc1", "q_proj"], init_lora_weights=False)).train()
+    layers = LayerMap(model)
+    expected = exact(model, layers, CANDIDATES, 0.25)
+    with measuring(model):
+        torch.testing.assert_close(
+            probe.stacked(model, layers, CANDIDATES, 0.25, some_batches()), expected, rtol=2e-6, atol=0
+        )
+        near = exact(model, layers, CANDIDATES, 0.99)
+        with measuring(model):
+            estimate = probe.estimated(model, layers, CANDIDATES, 0.99, some_batches())
+    torch.testing.assert_close(estimate, near, rtol=1e-4, atol=0)
+
+
+def test_rows_that_cannot_be_told_apart_are_measured_one_by_one(monkeypatch):
+    model, layers = adapted("lora")
+    expected = exact(model, layers, CANDIDATES, 0.25)
+
+    def mixed(*args):
+        raise RowsMixed
+
+    monkeypatch.setattr(probe, "_stacked_losses", mixed)
+    with measuring(model):
+        torch.testing.assert_close(probe.stacked(model, layers, CANDIDATES, 0.25, some_batches()), expected)
+
+
+def test_the_last_tokens_end_with_a_predicted_one():
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, -100]}])
+    (batch,) = micro_batches(rows, [0], 1, 0, 1, 0, last_tokens=2)
+    assert batch["input_ids"].tolist() == [[6, 7]]
+    assert batch["labels"].tolist() == [[6, 7]]
 
 
 def test_rows_and_tokens_of_a_cheap_probe():

@@ -109,7 +109,7 @@ class StepwiseUnmasking(Unlearned):
             RuntimeError: ranks disagree on what to unmask.
         """
         for parameter in self.parameters:
-            if parameter.grad is None:  # an expert that no token went to; reduce_gradients does the same on ranks
+            if parameter.grad is None:  # an expert that no token went to; GradientReducer does the same on ranks
                 parameter.grad = torch.zeros_like(parameter)
         due = self.budget * min(step + 1, self.steps) // self.steps
         if (wanted := due - self.unmasked) > 0:
