@@ -163,7 +163,7 @@ class TrainArguments:
     )
     optimizer_state: Literal["keep", "drop", "offload"] = option(
         "keep",
-        "Moments of resting layers: drop them (zero when a layer is drawn again), or offload to the CPU (but for saves).",
+        "Moments of resting layers: drop (zero when drawn again), or offload to the CPU (but for saves).",
     )
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
