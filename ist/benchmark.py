@@ -126,7 +126,7 @@ def memory_of(method: str, model: str, shape: tuple[int, int], measure: bool, **
     device = Accelerator().device
     like_gpu = device.type == "cuda" or not measure
     with counting(args, peft_config, config, shape, like_gpu=like_gpu) as counter:
-        steps = {name: counter.step(costliest) for name, (_, costliest) in draws.items()}
+        steps = {name: counter.step(costliest, set().union(*drawn)) for name, (drawn, costliest) in draws.items()}
     measured = dict.fromkeys(steps)
     if measure:
         whole = materialise(load_skeleton(args, peft_config, config), device)

@@ -15,12 +15,12 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate.utils.operations import convert_outputs_to_fp32
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftConfig
@@ -162,9 +162,7 @@ class StepCounter:
         self.max_grad_norm = args.max_grad_norm or math.inf
         self.layers = LayerMap(model, args.layer_stack)
         self.outside = [model.get_parameter(name) for name in self.layers.outside]
-        if args.bf16:  # as accelerate does it
-            autocast = torch.autocast(batch["labels"].device.type, dtype=torch.bfloat16)
-            model.forward = convert_outputs_to_fp32(autocast(model.forward))
+        self.autocast = partial(torch.autocast, batch["labels"].device.type, torch.bfloat16, enabled=args.bf16)
         self.weights = storage_bytes(weight_tensors(model))
         self.trainable = parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = None
@@ -185,9 +183,15 @@ class StepCounter:
                 parameter.requires_grad_(i in trained)
         return [parameter for i in trained for parameter in self.layers.parameters[i]] + self.outside
 
-    def state_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
-        """Of the optimizer's state when `parameters` train: of all, or of these where that of resting layers goes."""
-        parameters = self.trainable if self.keeps_state else parameters
+    def with_state(self, parameters: Sequence[nn.Parameter], ever: Iterable[int]) -> Sequence[nn.Parameter]:
+        """Those that have optimizer state when `parameters` train: of all layers that `ever` train, unless the state of
+        resting layers goes."""
+        if not self.keeps_state:
+            return parameters
+        return [parameter for i in ever for parameter in self.layers.parameters[i]] + self.outside
+
+    def state_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Bytes of the optimizer's state of `parameters`."""
         if self.optimizer:
             return storage_bytes(_state_tensors(self.optimizer, parameters))
         return sum(map(_eight_bit_state_bytes, parameters)) + 2 * 256 * 4
@@ -200,15 +204,20 @@ class StepCounter:
         """Bytes that the forward leaves for the backward when the layers `trained` train."""
         self.train(trained)
         with self._watch() as live:
-            loss = token_loss_sum(self.model, self.batch)
+            with self.autocast():
+                loss = token_loss_sum(self.model, self.batch)
             saved = live.alive()
         return sum(saved.values()) - loss.nbytes
 
-    def step(self, trained: Sequence[int]) -> StepMemory:
-        """The memory of an optimizer step in which the layers `trained` train, all having trained before."""
+    def step(self, trained: Sequence[int], ever: Iterable[int] | None = None) -> StepMemory:
+        """The memory of an optimizer step in which the layers `trained` train, those of `ever` having trained before.
+
+        `ever`: default all.
+        """
         parameters = self.train(trained)
         with self._watch() as live:
-            loss = token_loss_sum(self.model, self.batch)
+            with self.autocast():
+                loss = token_loss_sum(self.model, self.batch)
             forward_end, saved = len(live.events), live.alive()
             del saved[live.number(loss)]
             loss.backward()
@@ -217,7 +226,9 @@ class StepCounter:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
             if self.optimizer:
                 self.optimizer.step()
-        events, state = list(live.events), self.state_bytes(parameters)
+        events = list(live.events)
+        ever = range(self.layers.n_layers) if ever is None else ever
+        state = self.state_bytes(self.with_state(parameters, ever))
         for parameter in parameters:
             parameter.grad = None
 

@@ -47,7 +47,7 @@ class Topology:
 USABLE = 0.9
 
 
-def sharded_step(step: StepMemory, counter: StepCounter, ranks: int) -> StepMemory:
+def sharded_step(step: StepMemory, counter: StepCounter, ranks: int, ever: Iterable[int]) -> StepMemory:
     """A step as one of FSDP2's ranks has it, from the step of a whole model on one device.
 
     Weights, gradients and optimizer state: this rank's share, the first dimension cut into `ranks` pieces and rounded
@@ -70,7 +70,7 @@ def sharded_step(step: StepMemory, counter: StepCounter, ranks: int) -> StepMemo
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     weights = share(trains, 4) + share((p for p in parameters if id(p) not in trainable), 0)
     weights += storage_bytes(t for t in weight_tensors(counter.model) if not isinstance(t, nn.Parameter))
-    kept = trains if counter.keeps_state else trained
+    kept = counter.with_state(trained, ever)
     optimizer, gradients = 2 * share(kept, 4) + 4 * len(kept), share(trained, 4)
     gathered = whole(p for p in parameters if id(p) not in in_layers) + 2 * max(map(whole, layers))
     reduced = 2 * max(whole(p for p in layer if p.requires_grad) for layer in layers)
@@ -126,10 +126,11 @@ def predict(
     if ist_config.selection == "id3":
         raise UsageError("--plan knows layers, --selection id3 chooses scalars: plan it as --selection all.")
     draws, costliest = layers_that_train(ist_config, n_layers)
+    ever = set().union(costliest, *draws)
     try:
         half = topology.sharded and args.bf16
         with counting(args, peft_config, config, shape, padded, like_gpu, half) as counter:
-            step = counter.step(costliest)
+            step = counter.step(costliest, ever)
             mean_saved = step.saved
             if any(draw != costliest for draw in draws):
                 last = range(n_layers - len(costliest), n_layers)
@@ -138,7 +139,7 @@ def predict(
                 mean_saved = sum(by_layer.saved(draw, n_layers) for draw in draws) / len(draws)
                 counter.train(costliest)
             if topology.sharded:
-                step = sharded_step(step, counter, topology.ranks)
+                step = sharded_step(step, counter, topology.ranks, ever)
             elif topology.ranks > 1:
                 step = replicated_step(step)
     except UsageError as error:

@@ -97,7 +97,9 @@ def test_what_is_counted_is_what_the_allocator_gave(name):
     counted = counter.step([0, 3])
     parameters = counter.train([0, 3])
     with allocations() as peak:
-        token_loss_sum(counter.model, counter.batch).backward()
+        with counter.autocast():
+            loss = token_loss_sum(counter.model, counter.batch)
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         counter.optimizer.step()
     stashed = 2 * 4 * torch.get_rng_state().nbytes if args.gradient_checkpointing else 0  # not made by an operation
@@ -207,6 +209,7 @@ def peak_of_a_run(train, monkeypatch, start: int, **options) -> int:
     ("lengths", "options"),
     [
         ("even", {"selection": "all"}),
+        ("even", {"selection": "fixed", "fixed_layers": "1,2", "bf16": True, "max_length": 20}),
         ("uneven", {"selection": "all", "attn_implementation": "eager"}),
         ("uneven", {"selection": "last", "trained_layers": 2, "bf16": True}),
         ("even", {"selection": "random", "trained_layers": 2, "load_in_4bit": True, "max_steps": 24}),
