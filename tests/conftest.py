@@ -136,7 +136,7 @@ def work(tmp_path_factory, rows) -> Path:
 
 @pytest.fixture(scope="session")
 def topologies(work) -> dict[str, dict]:
-    """All rules, trained on each topology; tests that ask for it share one worker, xdist_group("rules")."""
+    """All rules, trained on each topology; a worker makes it once."""
     import rules
 
     return {topology: rules.launch(topology, work) for topology in ("one", "ddp", "fsdp2")}

@@ -16,4 +16,4 @@ else
 fi
 # Two workers of one thread: tiny models gain nothing from a second one.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-.venv/bin/python -m pytest tests -n 2 --dist loadgroup "${select[@]}" "$@"
+.venv/bin/python -m pytest tests -n 2 --dist loadfile "${select[@]}" "$@"

@@ -16,7 +16,6 @@ from sweep_service import SweepService
 REQUIRED = "REQUIRE_CLUSTER" in os.environ  # on CI nothing is skipped
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("cluster"),
     pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=f"no {', '.join(MISSING)}: apt install slurm-wlm munge"),
     pytest.mark.skipif(os.geteuid() != 0 and not REQUIRED, reason="the daemons of a Slurm run as root"),
 ]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from ist.config import UsageError
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the fixture's launches are made once
 STEPS = 30
 CONFIGS = {"one": "single.yaml", "ddp": "ddp.yaml", "fsdp": "fsdp2.yaml"}
 ROWS = {"one": 4, "ddp": 2, "fsdp": 2}  # per rank, for the same global batch of 4

@@ -389,7 +389,6 @@ def unmasked_at(run: Path, step: int) -> dict[str, dict[int, int]]:
     return {n: dict(zip(file[f"{n}|indices"].tolist(), (step - file[f"{n}|step"]).tolist())) for n in names}
 
 
-@pytest.mark.xdist_group("rules")
 @pytest.mark.parametrize("name", [name for name in rules.ARMS if name.startswith("id3")])
 def test_one_process_ddp_and_fsdp2_unmask_the_same(work, topologies, name):
     one = work / "one" / rules.slug(name)
@@ -412,7 +411,6 @@ def test_one_process_ddp_and_fsdp2_unmask_the_same(work, topologies, name):
         assert {step for _, parameter in a for step in parameter.values()} == {1}
 
 
-@pytest.mark.xdist_group("rules")
 @pytest.mark.parametrize("name", ["id3", "id3, full"])
 def test_a_sharded_checkpoint_in_mid_schedule_resumes_on_one_process(work, topologies, tmp_path, name):
     one, sharded = work / "one" / rules.slug(name), work / "fsdp2" / rules.slug(name)

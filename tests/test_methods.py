@@ -25,7 +25,6 @@ def work(tmp_path_factory, rows):
     return folder
 
 
-@pytest.mark.xdist_group("methods")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_one_process(work, name):
     cells = methods.one_process(work, name)
@@ -34,7 +33,6 @@ def test_one_process(work, name):
         assert cells[key].startswith("yes"), f"{key}: {cells[key]}"
 
 
-@pytest.mark.xdist_group("methods")
 @pytest.mark.parametrize("topology", ["ddp", "fsdp2"])
 def test_two_ranks_train_what_one_process_trains(work, topology):
     for name in ON_TWO_RANKS:

@@ -37,7 +37,6 @@ def selected(run: Path) -> list[list[int]]:
     return [line["trained_layers"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
-@pytest.mark.xdist_group("rules")
 @pytest.mark.parametrize("name", rules.ARMS)
 def test_one_process_ddp_and_fsdp2_select_and_train_the_same(work, topologies, name):
     for topology, seen in topologies.items():
@@ -66,7 +65,6 @@ def test_one_process_ddp_and_fsdp2_select_and_train_the_same(work, topologies, n
             assert json.loads((run / "run.json").read_text())["semantic"][key] == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.xdist_group("rules")
 @pytest.mark.parametrize("topology", ["one", "ddp", "fsdp2"])
 def test_resume_is_exact(work, topologies, topology):
     for name in rules.ARMS if topology == "one" else rules.RESUMED_ON_TWO_RANKS:
@@ -82,7 +80,6 @@ def test_resume_is_exact(work, topologies, topology):
             ).get(key)
 
 
-@pytest.mark.xdist_group("rules")
 def test_what_each_rule_selects(work, topologies):
     chosen = {name: selected(work / "one" / rules.slug(name)) for name in rules.ARMS}
     assert chosen["fixed"] == [[0, 2]] * 20
@@ -105,7 +102,6 @@ def test_what_each_rule_selects(work, topologies):
         assert record["layer_counts"]["trained"] == len(chosen[name][0])
 
 
-@pytest.mark.xdist_group("rules")
 def test_the_model_that_is_left_is_stock_transformers(work, topologies):
     for topology in ("one", "fsdp2"):
         folder = work / topology / "lisa-full/model"
