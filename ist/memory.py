@@ -155,10 +155,14 @@ class StepCounter:
         args: the arguments of a run; `optim`, `optimizer_state`, `max_grad_norm`, `bf16` and `layer_stack` matter.
         batch: input_ids, attention_mask, labels [B, T].
         like_gpu: count the optimizer step as GPUs do it: for all parameters at once.
+
+    Attributes:
+        stored_bytes: {parameter: bytes of an element where it is stored}, which FSDP computes with in another type.
     """
 
     def __init__(self, model: nn.Module, args: Namespace, batch: dict[str, Tensor], like_gpu: bool) -> None:
         self.model, self.batch = model, batch
+        self.stored_bytes = {parameter: parameter.element_size() for parameter in model.parameters()}
         self.max_grad_norm = args.max_grad_norm or math.inf
         self.layers = LayerMap(model, args.layer_stack)
         self.outside = [model.get_parameter(name) for name in self.layers.outside]
@@ -395,7 +399,10 @@ def counting(
     if args.attn_implementation == "flash_attention_2":
         args = Namespace(**vars(args) | {"attn_implementation": "sdpa"})
     skeleton = load_skeleton(args, peft_config, config)
+    stored = [parameter.element_size() for parameter in skeleton.parameters()]
     for parameter in skeleton.parameters() if half else ():
         parameter.data = parameter.data.to(torch.bfloat16)
     with _without_values(padded), as_on_gpu() if like_gpu else nullcontext():
-        yield StepCounter(materialise(skeleton, "cpu"), args, make_batch(*shape, padded, "cpu"), like_gpu)
+        counter = StepCounter(materialise(skeleton, "cpu"), args, make_batch(*shape, padded, "cpu"), like_gpu)
+        counter.stored_bytes = dict(zip(counter.model.parameters(), stored, strict=True))
+        yield counter

@@ -51,27 +51,26 @@ def sharded_step(step: StepMemory, counter: StepCounter, ranks: int, ever: Itera
     """A step as one of FSDP2's ranks has it, from the step of a whole model on one device.
 
     Weights, gradients and optimizer state: this rank's share, the first dimension cut into `ranks` pieces and rounded
-    up; what trains is stored in float32. Gathered, and `temporary`: what is in no layer (embeddings, head), from the
-    forward on, and two layers, the one at work and the next, gathered early. In the backward the gradients of one layer
-    are whole twice before they are reduced: as they come, and in one piece. Activations are as on one device.
+    up. Gathered, and `temporary`: what is in no layer (embeddings, head), from the forward on, and two layers, the one
+    at work and the next, gathered early. In the backward the gradients of one layer are whole twice before they are
+    reduced: as they come, and in one piece. Activations are as on one device.
     """
     parameters = list(counter.model.parameters())
     layers = [list(block.parameters()) for block in counter.layers.blocks]
     in_layers = {id(parameter) for layer in layers for parameter in layer}
 
-    def share(tensors: Iterable[Tensor], item: int) -> int:
-        """Bytes of this rank's rows, elements taking `item` bytes, or what they take where that is more."""
-        return sum(-(-len(t) // ranks) * (t.numel() // len(t)) * max(item, t.element_size()) for t in tensors)
+    def share(parameters: Iterable[Tensor]) -> int:
+        """Bytes of this rank's rows, as they are stored."""
+        return sum(-(-len(p) // ranks) * (p.numel() // len(p)) * counter.stored_bytes[p] for p in parameters)
 
     def whole(tensors: Iterable[Tensor]) -> int:
         return sum(tensor.nbytes for tensor in tensors)
 
-    trains, trainable = counter.trainable, {id(parameter) for parameter in counter.trainable}
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    weights = share(trains, 4) + share((p for p in parameters if id(p) not in trainable), 0)
+    weights = share(parameters)
     weights += storage_bytes(t for t in weight_tensors(counter.model) if not isinstance(t, nn.Parameter))
     kept = counter.with_state(trained, ever)
-    optimizer, gradients = 2 * share(kept, 4) + 4 * len(kept), share(trained, 4)
+    optimizer, gradients = 2 * share(kept) + 4 * len(kept), share(trained)
     gathered = whole(p for p in parameters if id(p) not in in_layers) + 2 * max(map(whole, layers))
     reduced = 2 * max(whole(p for p in layer if p.requires_grad) for layer in layers)
     moments = {}
