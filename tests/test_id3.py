@@ -404,7 +404,8 @@ def test_one_process_ddp_and_fsdp2_unmask_the_same(work, topologies, name):
         assert unmasked_at(run, 10) == unmasked_at(one, 10)
         assert json.loads((run / "run.json").read_text())["id3"] == summary
         for line, other in zip(read_lines(run / "metrics.jsonl"), read_lines(one / "metrics.jsonl"), strict=True):
-            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+            if "loss" in line:
+                assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     if name == "id3, ties":  # all of B, whose gradients are not zero; then A's from the front, at equal scores of 0
         a = [(n, parameter) for n, parameter in expected.items() if "lora_A" in n]
         assert all(sorted(parameter) == list(range(len(parameter))) for _, parameter in a)
@@ -416,7 +417,9 @@ def test_a_sharded_checkpoint_in_mid_schedule_resumes_on_one_process(work, topol
     one, sharded = work / "one" / rules.slug(name), work / "fsdp2" / rules.slug(name)
     rules.train(work, name, tmp_path / "run", 4, resume_from_checkpoint=sharded / "checkpoints/step_000010")
     assert unmasked_at(tmp_path / "run", 20) == unmasked_at(one, 20)
-    losses, expected = ([line["loss"] for line in read_lines(r / "metrics.jsonl")] for r in (tmp_path / "run", one))
+    losses, expected = (
+        [line["loss"] for line in read_lines(r / "metrics.jsonl") if "loss" in line] for r in (tmp_path / "run", one)
+    )
     assert losses == pytest.approx(expected[10:], abs=1e-4)
 
 
