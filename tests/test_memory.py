@@ -191,10 +191,10 @@ def test_8bit_optimizer_state_takes_what_bitsandbytes_takes():
 
 @pytest.fixture
 def long_rows(tmp_path):
-    """Rows that max_length cuts to one length, and as many short ones: a mask must be made."""
+    """Rows that max_length cuts to one length, and with too few short ones to fill a batch: a mask must be made."""
     text = " ".join(map(str, range(200)))
-    rows = [{"instruction": text, "output": "7"}] * 8
-    short = [{"instruction": "1 2 3", "output": "4"}] * 8
+    rows = [{"instruction": text, "output": "7"}] * 13
+    short = [{"instruction": "1 2 3", "output": "4"}] * 3
     files = {"even": tmp_path / "even.json", "uneven": tmp_path / "uneven.json"}
     files["even"].write_text(json.dumps(rows))
     files["uneven"].write_text(json.dumps(rows + short))
