@@ -191,7 +191,7 @@ def test_8bit_optimizer_state_takes_what_bitsandbytes_takes():
 
 @pytest.fixture
 def long_rows(tmp_path):
-    """Rows that max_length cuts to one length, and with too few short ones to fill a batch: a mask must be made."""
+    """Rows that max_length cuts to one length; and with too few short ones to fill a batch: a mask must be made."""
     text = " ".join(map(str, range(200)))
     rows = [{"instruction": text, "output": "7"}] * 13
     short = [{"instruction": "1 2 3", "output": "4"}] * 3
@@ -311,6 +311,31 @@ def test_a_method_that_needs_weights_is_refused_in_one_line(train, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- python -m ist.benchmark memory
+
+
+def test_the_committed_table_is_its_files():
+    result = json.loads((ROOT / "launch/results/memory.json").read_text())
+    assert not result["commit"].endswith("-dirty")
+    assert benchmark.memory_table(result["records"]) in (ROOT / "README.md").read_text()
+
+
+def test_ist_needs_at_most_four_fifths_of_what_lora_needs():
+    """In the mean, beside the weights; but not with eager attention and autocast, as the README says."""
+    records = json.loads((ROOT / "launch/results/memory.json").read_text())["records"]
+    settings = {(r["attn_implementation"], r["bf16"]) for r in records if r["model"] == "LLaMA-7B"}
+    assert settings == {("eager", False), ("sdpa", False), ("eager", True), ("sdpa", True)}
+    for attention, bf16 in settings:
+        arms = {
+            record["arm"]: record
+            for record in records
+            if (record["model"], record["method"], record["attn_implementation"], record["bf16"])
+            == ("LLaMA-7B", "lora", attention, bf16)
+            and not record["gradient_checkpointing"]
+        }
+        every = benchmark.without_weights(arms["all"], "peak")
+        assert (benchmark.without_weights(arms["ist"], "peak_mean") <= 0.8 * every) == (attention == "sdpa" or not bf16)
+        assert benchmark.without_weights(arms["last"], "peak") <= 0.5 * every
+        assert benchmark.without_weights(arms["semantic+ist"], "peak") <= 0.5 * every
 
 
 @pytest.mark.gpu
