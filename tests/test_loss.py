@@ -19,7 +19,7 @@ def logits_and_labels(dtype, n=37, vocabulary=101):
 @pytest.mark.parametrize("chunk", [1, 3 * 101, 2**24])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_logits_in_chunks(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
     logits, labels = logits_and_labels(dtype)
     reference = logits.detach().double().requires_grad_()
     expected = cross_entropy(reference, labels, reduction="sum", ignore_index=-100)
