@@ -4,7 +4,9 @@
 """
 
 import argparse
+import base64
 import fcntl
+import html
 import json
 import os
 import platform
@@ -422,7 +424,8 @@ def plot_importance(
     if semantic:
         _plot_semantic(axes["semantic"], semantic)
     if "importance" in axes:
-        _plot_scores(figure, axes["importance"], updates, colours)
+        _plot_scores(axes["importance"], updates, colours)
+        figure.colorbar(colours, ax=axes["importance"], label="layer")
     right.bar(range(n_layers), counts, color=[colours.to_rgba(i) for i in range(n_layers)])
     right.axhline(sum(counts) / n_layers, color="0.3", ls="--", lw=1, label="mean over layers")
     right.set(xlabel="layer", ylabel="steps", title=f"Steps each layer was trained (of {steps})")
@@ -433,15 +436,98 @@ def plot_importance(
     figure.savefig(path, dpi=110)
 
 
-def _plot_scores(figure: Figure, left: Axes, updates: list[dict], colours: ScalarMappable) -> None:
-    n_layers = len(updates[0]["scores"]) if updates else 0
+def _plot_scores(left: Axes, updates: list[dict], colours: ScalarMappable) -> None:
+    n_layers = len(updates[0]["probabilities"]) if updates else 0
     for i in range(n_layers):
         at = [0] + [update["step"] for update in updates]
         left.plot(at, [0.5] + [update["probabilities"][i] for update in updates], color=colours.to_rgba(i), lw=1.2)
     if not updates:
         left.text(0.5, 0.5, "no importance updates in this run", ha="center", transform=left.transAxes)
     left.set(ylim=(0, 1), xlabel="optimizer step", ylabel="sigmoid(importance)", title="Layer importance")
-    figure.colorbar(colours, ax=left, label="layer")
+
+
+def plot_importance_panels(path: Path, runs: dict[str, list[dict]]) -> None:
+    """A panel for each of several runs: importance of every layer over steps (paper, Figure 4).
+
+    Args:
+        runs: {title: lines of importance.jsonl, of which step and probabilities are read}.
+    """
+    n_layers = max(len(updates[0]["probabilities"]) for updates in runs.values())
+    colours = ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")
+    figure = Figure(figsize=(4.6 * len(runs), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axis, (title, updates) in zip(axes, runs.items(), strict=True):
+        _plot_scores(axis, updates, colours)
+        axis.set_title(title)
+    figure.colorbar(colours, ax=axes, label="layer")
+    figure.savefig(path, dpi=110)
+
+
+def plot_arms(path: Path, arms: dict[str, dict]) -> None:
+    """Validation loss of each arm over steps and over time, and the bytes its forward leaves (paper, Figure 1).
+
+    Args:
+        arms: {name: {runs: [{validation: [[step, loss]], step_seconds}], saved_bytes}}; lines are means over runs,
+            bands their range.
+    """
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    by_step, by_time, memory = figure.subplots(1, 3, width_ratios=[3, 3, 2.2])
+    colours = matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors
+    for colour, (name, arm) in zip(colours, arms.items(), strict=False):
+        steps = np.array([step for step, _ in arm["runs"][0]["validation"]])
+        losses = np.array([[loss for _, loss in run["validation"]] for run in arm["runs"]])
+        seconds = np.median([run["step_seconds"] for run in arm["runs"]])
+        for axis, at in ((by_step, steps), (by_time, steps * seconds)):
+            axis.plot(at, losses.mean(axis=0), marker=".", color=colour, lw=1.4, label=name)
+            axis.fill_between(at, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, lw=0)
+    by_step.set(xlabel="optimizer step", ylabel="validation loss", title="Validation loss, mean and range over seeds")
+    by_time.set(xlabel="seconds of training steps, probes included", title="The same over time")
+    curves = [[loss for _, loss in run["validation"]] for arm in arms.values() for run in arm["runs"]]
+    lowest, second = min(map(min, curves)), max(curve[min(1, len(curve) - 1)] for curve in curves)
+    margin = 0.05 * (second - lowest) or 0.01
+    for axis in (by_step, by_time):
+        axis.set_ylim(lowest - margin, second + margin)  # the model as it is is off the top
+    by_step.legend(fontsize="small")
+    names = list(arms)[::-1]
+    values = [arms[name]["saved_bytes"] / 1e6 for name in names]
+    bars = memory.barh(names, values, color=list(colours[: len(names)])[::-1])
+    memory.bar_label(bars, fmt="%.0f", padding=3)
+    memory.set(xlabel="MB, mean over steps", title="Saved for the backward")
+    memory.margins(x=0.15)
+    figure.savefig(path, dpi=110)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ border: 1px solid #ccc; padding: .3rem .6rem }}
+th {{ background: #f4f4f4; text-align: left }} img {{ max-width: 100% }} code {{ overflow-wrap: anywhere }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def html_page(path: Path, title: str, sections: Sequence[tuple[str, str | Path]]) -> None:
+    """One page that needs no other file: (heading, Markdown tables | a picture's path | text) one after another."""
+    parts = []
+    for heading, content in sections:
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        if isinstance(content, Path):
+            data = base64.b64encode(content.read_bytes()).decode()
+            parts.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">')
+            continue
+        for block in content.split("\n\n"):
+            lines = block.splitlines()
+            if not lines or not lines[0].startswith("| "):
+                parts.append(f"<p><code>{html.escape(block)}</code></p>")
+                continue
+            cells = [[html.escape(cell) for cell in line.strip("| ").split(" | ")] for line in lines]
+            head = "".join(f"<th>{cell}</th>" for cell in cells[0])
+            rows = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells[2:])
+            parts.append(f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
+    path.write_text(_PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
 
 
 def read_results(folder: Path) -> dict[str, Any]:

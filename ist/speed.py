@@ -55,7 +55,7 @@ ARMS: dict[str, dict] = {
 }
 
 
-def _train_ist():
+def train_ist():
     """train_ist.py, which stands beside the package and not in it."""
     path = Path(__file__).parent.parent / "train_ist.py"
     spec = importlib.util.spec_from_file_location("train_ist", path)
@@ -233,7 +233,7 @@ def arguments_of(job, flags: dict) -> Namespace:
 
 def measure_speed(flags: dict, arms: Sequence[str], rounds: int, say: Callable[[str], None]) -> dict[str, list[dict]]:
     """{arm: [seconds per step and parts, one for each round]}, and "flops": of one step of plain PEFT."""
-    job, results = _train_ist(), {arm: [] for arm in arms}
+    job, results = train_ist(), {arm: [] for arm in arms}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for turn in range(rounds):
         for arm in arms:
@@ -260,7 +260,7 @@ def measure_speed(flags: dict, arms: Sequence[str], rounds: int, say: Callable[[
 
 def count_flops(flags: dict) -> dict[str, float]:
     """FLOPs of the matrix products of one forward, and of its backward with all layers trained; counted, not timed."""
-    job = _train_ist()
+    job = train_ist()
     args = arguments_of(job, flags)
     _reset()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -331,7 +331,7 @@ def speed_table(results: dict[str, list[dict]]) -> list[list[str]]:
 
 def probe_agreement(flags: dict, say: Callable[[str], None]) -> list[dict]:
     """At each update of a run of ist with the full probe: per-layer rewards of each probe, on identical candidates."""
-    job, seen = _train_ist(), []
+    job, seen = train_ist(), []
     rows = int(flags["per_device_train_batch_size"])
     update = SparseTuner.update_importance
 
@@ -386,7 +386,7 @@ def rank_correlation(seen: list[dict], probe: str, draws: int = 2000) -> tuple[f
 
 def communicate(flags: dict) -> None:
     """On each rank of a launch: train, and rank 0 prints {collective: [calls, bytes] per step} as one line of JSON."""
-    job = _train_ist()
+    job = train_ist()
     begin_step = SparseTuner.begin_step
     with Traffic() as traffic:
 
@@ -458,7 +458,7 @@ def measure_scale(flags: dict, tokenizer: Path, layers: Sequence[int], say: Call
 
     Bookkeeping is all that is neither a forward, a backward nor the optimizer: draws, switching, digest, records.
     """
-    job, rows = _train_ist(), []
+    job, rows = train_ist(), []
 
     def row(name: str, **settings) -> None:
         result = run_ours(job, flags | settings, parts=True)

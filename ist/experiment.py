@@ -1,0 +1,536 @@
+"""Answers to "what to train" beside each other: each arm is tuned on a seed of its own, then trained on several seeds.
+
+    python -m ist.experiment --experiment launch/experiments/arithmetic.yaml --train_file rows.json \\
+        --model_name_or_path models/SmolLM2-135M-Instruct --output_dir runs/arithmetic
+
+Every run is a `train_ist.py` of its own, goes on where it was stopped, and is not done twice. Leaves in the folder
+experiment.json (every run's numbers), curves.png, importance.png and index.html, one page with all of it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ist.config import quiet_known_warnings
+
+quiet_known_warnings()
+
+import torch
+import yaml
+from accelerate import Accelerator
+from scipy import stats
+
+from ist.config import UsageError, brief, parse_arguments, require, run_command
+from ist.data import load_rows
+from ist.memory import SavedByLayer, counting
+from ist.model import make_peft_config, plan_layers
+from ist.report import (
+    IMPORTANCE,
+    METRICS,
+    html_page,
+    markdown_table,
+    plot_arms,
+    plot_importance_panels,
+    publish,
+    read_lines,
+    read_run,
+    require_writable,
+)
+from ist.speed import arguments_of, train_ist
+
+ROOT = Path(__file__).parent.parent
+PIECE = 600  # characters of a row made of plain text
+
+
+@dataclass
+class ExperimentArguments:
+    experiment: str = field(metadata={"help": "The file that says what is compared: launch/experiments/*.yaml."})
+    model_name_or_path: str = field(metadata={"help": "The model of all arms."})
+    train_file: list[str] = field(metadata={"help": "Rows as train_ist.py takes them; or plain text (.txt)."})
+    output_dir: str = field(metadata={"help": "Where runs, results and pictures go."})
+    test_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rows or text that only the reported losses see; default: a part of train_file."},
+    )
+    arms: list[str] | None = field(default=None, metadata={"help": "Only these arms; default: all of the file."})
+    jobs: int = field(default=0, metadata={"help": "Runs at a time; default: one per GPU, on a CPU one per core."})
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "Each run under accelerate launch with this file, one run at a time."}
+    )
+    publish: str | None = field(default=None, metadata={"help": "Also write the results to this JSON file."})
+    readme: str | None = field(
+        default=None, metadata={"help": "And the tables into this file, between <!-- NAME --> and <!-- /NAME -->."}
+    )
+
+    def __post_init__(self) -> None:
+        require(self.jobs >= 0, "jobs", "0 (as many as there are devices) or more", self.jobs)
+        if self.readme and not self.publish:
+            raise UsageError("--readme needs --publish, whose name is that of the markers.")
+        for path in (self.accelerate_config, self.readme):
+            if path and not Path(path).is_file():
+                raise UsageError(f"{path}: no such file.")
+
+
+@dataclass
+class Arm:
+    """One answer: the keys of train_ist.py that make it; what of them is tuned, or which arm's values it takes over.
+
+    Attributes:
+        tune: {key: values}; the first key by itself, the next at the best value of the first.
+        tuned_as: the arm whose tuned values it takes.
+        top_of: the arm whose tuning run names the layers of highest importance, which this one trains.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    tune: dict[str, list]
+    tuned_as: str | None = None
+    top_of: str | None = None
+
+
+@dataclass
+class Experiment:
+    """A file of launch/experiments/: recipe, arms, seeds, tuning, what is compared in pairs, how answers are had."""
+
+    recipe: dict[str, Any]
+    arms: dict[str, Arm]
+    seeds: list[int]
+    tuning_seed: int
+    pairs: list[list[str]]
+    split: dict[str, int]
+    evaluate: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, path: str, only: Sequence[str] | None) -> "Experiment":
+        """
+        Raises:
+            UsageError: not such a file, or an arm refers to one that is not there.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+            tuning = values["tuning"]
+            arms = {}
+            for name, settings in values["arms"].items():
+                extra = {key: settings.pop(key, None) for key in ("tune", "tuned_as", "top_of")}
+                grid = {} if extra["tuned_as"] else dict(tuning["grid"])
+                arms[name] = Arm(name, settings, grid | (extra["tune"] or {}), extra["tuned_as"], extra["top_of"])
+            experiment = cls(
+                values["recipe"],
+                arms,
+                values["seeds"],
+                tuning["seed"],
+                values.get("pairs", []),
+                values["split"],
+                values.get("evaluate"),
+            )
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}.") from error
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not like the files of launch/experiments/: {brief(error)}.") from error
+        wanted = list(only or arms)
+        for name in wanted:  # grows as arms name others
+            if name not in arms:
+                raise UsageError(f"{path} has no arm {name!r}; it has {', '.join(arms)}.")
+            wanted += [other for other in (arms[name].tuned_as, arms[name].top_of) if other and other not in wanted]
+        experiment.arms = {name: arm for name, arm in arms.items() if name in wanted}
+        experiment.pairs = [pair for pair in experiment.pairs if set(pair) <= set(wanted)]
+        return experiment
+
+
+def slug(values: dict[str, Any]) -> str:
+    return "-".join(f"{key}={value}" for key, value in values.items()) or "defaults"
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def rows_of(key: str, files: Sequence[str]) -> list[dict]:
+    """Rows of JSON or Parquet files, each instruction once; or plain text cut at white space into rows of an output.
+
+    Raises:
+        UsageError: as load_rows.
+    """
+    if not all(file.endswith(".txt") for file in files):
+        return list({json.dumps([row["instruction"], row.get("input")]): row for row in load_rows(key, files)}.values())
+    rows = []
+    for file in files:
+        try:
+            words = Path(file).read_text(encoding="utf-8").split(" ")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--{key} {file} cannot be read: {brief(error)}.") from error
+        piece = ""
+        for word in words:
+            piece += word + " "
+            if len(piece) >= PIECE:
+                rows.append({"instruction": "", "output": piece})
+                piece = ""
+    return rows
+
+
+def write_parts(args: ExperimentArguments, split: dict[str, int], folder: Path) -> dict[str, Path]:
+    """Cut the rows into train, tuning and test, by a hash of each, so that every machine has the same; their files.
+
+    Raises:
+        UsageError: there are not enough.
+    """
+
+    def shuffled(rows: list[dict]) -> list[dict]:
+        return sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest())
+
+    rows = shuffled(rows_of("train_file", args.train_file))
+    parts = {}
+    if args.test_file:
+        parts["test"] = shuffled(rows_of("test_file", args.test_file))[: split["test"]]
+    else:
+        parts["test"], rows = rows[: split["test"]], rows[split["test"] :]
+    parts["tuning"], parts["train"] = rows[: split["tuning"]], rows[split["tuning"] :]
+    for name, part in parts.items():
+        if len(part) < split.get(name, 1):
+            raise UsageError(f"--train_file {' '.join(args.train_file)} leaves too few rows for the part {name}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.json" for name in parts}
+    for name, part in parts.items():
+        text = json.dumps(part)
+        if files[name].exists() and files[name].read_text() != text:
+            raise UsageError(f"{files[name]} holds other rows: choose another --output_dir.")
+        files[name].write_text(text)
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+class Runner:
+    """Runs train_ist.py and ist.evaluate as processes, some at a time; what is finished is not run again.
+
+    Args:
+        base: the keys that all runs share.
+    """
+
+    def __init__(self, args: ExperimentArguments, experiment: Experiment, files: dict[str, Path]) -> None:
+        self.args, self.experiment, self.files = args, experiment, files
+        self.folder = Path(args.output_dir) / "runs"
+        self.jobs = args.jobs or (1 if args.accelerate_config else torch.cuda.device_count() or os.cpu_count() or 1)
+        self.base = {"model_name_or_path": args.model_name_or_path, "train_file": files["train"], **experiment.recipe}
+
+    def flags(self, arm: Arm, values: dict[str, Any], seed: int) -> dict[str, Any]:
+        """The keys of one run; the reported loss is that of rows which no tuning has seen."""
+        part = "tuning" if seed == self.experiment.tuning_seed else "test"
+        where = self.folder / arm.name.replace(" ", "_") / f"{slug(values)}-seed={seed}"
+        own = {"seed": seed, "validation_file": self.files[part], "output_dir": where}
+        return {**self.base, **arm.settings, **values, **own, "logging_steps": 1, "report_to": "none"}
+
+    def run_all(self, runs: Sequence[dict[str, Any]], what: str) -> list[dict]:
+        """Do all runs; run.json of each.
+
+        Raises:
+            UsageError: one was stopped, or failed; its log says why.
+        """
+        with ThreadPoolExecutor(self.jobs) as pool:
+            running = {pool.submit(self._run, i, flags): flags for i, flags in enumerate(runs)}
+            try:
+                for count, done in enumerate(as_completed(running), 1):
+                    run, where = done.result(), Path(running[done]["output_dir"])
+                    loss = run["final_validation_loss"]
+                    name = where.relative_to(self.folder)
+                    print(f"{what} {count}/{len(runs)}  {name}  validation loss {loss:.4f}", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [read_run(Path(flags["output_dir"])) for flags in runs]
+
+    def _run(self, number: int, flags: dict[str, Any]) -> dict:
+        where = Path(flags["output_dir"])
+        if (run := read_run(where)) is None or run["status"] != "finished":
+            values = flags | {"resume_from_checkpoint": "auto", "save_total_limit": 1}
+            values |= {} if "save_steps" in flags else {"save_steps": 20}
+            argv = [part for key, value in values.items() for part in (f"--{key}", *_strings(value))]
+            self._process(["train_ist.py", *argv], number, where)
+            run = read_run(where)
+        if self.experiment.evaluate and flags["validation_file"] == self.files["test"]:
+            self.evaluate(where, number)
+        return run
+
+    def evaluate(self, run: Path | None, number: int = 0) -> None:
+        """Answers of a run's result on the test rows, or of the model as it is."""
+        where = run / "evaluation" if run else self.folder / "base"
+        if (where / "summary.json").exists():
+            return
+        values = {"model_name_or_path": self.args.model_name_or_path, "test_file": self.files["test"]}
+        values |= {"prompt_template": self.base.get("prompt_template", "alpaca"), "output_dir": where}
+        values |= {"dtype": self.base.get("dtype", "auto"), **self.experiment.evaluate}
+        if run and (run / "adapter").exists():
+            values["adapter"] = run / "adapter"
+        elif run:
+            values["model_name_or_path"] = run / "model"
+        argv = [part for key, value in values.items() for part in (f"--{key}", *_strings(value))]
+        self._process(["-m", "ist.evaluate", *argv], number, where)
+
+    def _process(self, argv: list[str], number: int, where: Path) -> None:
+        command = [sys.executable]
+        if self.args.accelerate_config:
+            command += ["-m", "accelerate.commands.launch", "--config_file", self.args.accelerate_config]
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        if torch.cuda.device_count() > 1 and not self.args.accelerate_config:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        where.parent.mkdir(parents=True, exist_ok=True)
+        log = where.parent / f"{where.name}.log"
+        with open(log, "a") as file:
+            done = subprocess.run([*command, *argv], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        if done.returncode:
+            last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
+            raise UsageError(f"a run ended with exit code {done.returncode}; {log} ends: {last}")
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [str(value).lower() if isinstance(value, bool) else str(value)]
+
+
+def highest_layers(run: Path, count: int) -> list[int]:
+    """The `count` layers of highest importance at the end of a run of IST."""
+    scores = read_lines(run / IMPORTANCE)[-1]["scores"]
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+
+
+def tune(runner: Runner, arms: Sequence[Arm], say: str) -> tuple[dict[str, dict], list[dict]]:
+    """({arm: its tuned values}, every trial): key by key, the others at the best so far or the first of their list."""
+    best = {arm.name: {key: values[0] for key, values in arm.tune.items()} for arm in arms}
+    trials: list[dict] = []
+    for turn in range(max((len(arm.tune) for arm in arms), default=0)):
+        keys = {arm.name: list(arm.tune)[turn] for arm in arms if len(arm.tune) > turn}
+        todo = [
+            (arm, best[arm.name] | {keys[arm.name]: value})
+            for arm in arms
+            if arm.name in keys
+            for value in arm.tune[keys[arm.name]]
+        ]
+        runs = runner.run_all([runner.flags(*trial, runner.experiment.tuning_seed) for trial in todo], say)
+        tried = [
+            {"arm": arm.name, "key": keys[arm.name], "values": values, "loss": run["final_validation_loss"]}
+            for (arm, values), run in zip(todo, runs, strict=True)
+        ]
+        for name in keys:
+            best[name] = min((one for one in tried if one["arm"] == name), key=lambda one: one["loss"])["values"]
+        trials += tried
+    return best, trials
+
+
+def tune_all(runner: Runner, arms: dict[str, Arm]) -> tuple[dict[str, dict], list[dict]]:
+    """As `tune`, in an order in which every arm has what it takes from others; fills in layers that others choose."""
+    best, trials = tune(runner, [arm for arm in arms.values() if not arm.top_of], "tuning")
+    chosen = [arm for arm in arms.values() if arm.top_of]
+    for arm in chosen:
+        flags = runner.flags(arms[arm.top_of], best[arm.top_of], runner.experiment.tuning_seed)
+        run = read_run(Path(flags["output_dir"]))
+        arm.settings["fixed_layers"] = highest_layers(Path(flags["output_dir"]), run["layer_counts"]["trained"])
+    more, later = tune(runner, chosen, "tuning fixed layers")
+    best |= more
+    return best | {arm.name: best[arm.tuned_as] for arm in arms.values() if arm.tuned_as}, trials + later
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def bytes_saved(flags: dict[str, Any], trained: Sequence[Sequence[int]], tokens: float) -> float:
+    """Mean over steps of what a forward leaves for the backward, the layers `trained` having trained; counted.
+
+    Args:
+        tokens: of a row of a micro-batch, which is counted without padding.
+    """
+    args = arguments_of(train_ist(), flags)
+    layers, config, _ = plan_layers(args, sharded=False)
+    n_layers, peft_config = layers.n_layers, make_peft_config(args)
+    shape = (args.per_device_train_batch_size, round(tokens))
+    with counting(args, peft_config, config, shape) as counter:
+        count = max(1, n_layers // 4)
+        last = range(n_layers - count, n_layers)
+        sets = (range(n_layers), [0, *last[1:]], last)
+        by_layer = SavedByLayer.solved(*map(counter.saved, sets), n_layers, count)
+    return statistics.mean(by_layer.saved(layers, n_layers) for layers in trained)
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """What a table needs of a finished run: losses over steps, seconds per step, layers trained, answers."""
+    record, lines = read_run(run), read_lines(run / METRICS)
+    steps = [line for line in lines if "loss" in line]
+    updates = read_lines(run / IMPORTANCE)
+    result = {
+        "validation": [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line],
+        "loss": [round(line["loss"], 5) for line in steps],
+        "step_seconds": statistics.mean(line["step_seconds"] for line in steps),
+        "trained_counts": record["trained_counts"],
+        "updates": [{"step": u["step"], "probabilities": [round(p, 5) for p in u["probabilities"]]} for u in updates],
+        "commit": record["commit"],
+    }
+    file = run / "evaluation" / "summary.json"
+    if file.exists():
+        result["exact"] = json.loads(file.read_text())["average"]
+    return result | {"trained_layers": [line["trained_layers"] for line in steps]}
+
+
+def at_time(result: dict[str, Any], seconds: float) -> float | None:
+    """The validation loss after so many seconds of training steps, between two validations on a line; None: later."""
+    points = [(step * result["step_seconds"], loss) for step, loss in result["validation"]]
+    for (start, before), (end, after) in pairwise(points):
+        if start <= seconds <= end:
+            return before + (after - before) * (seconds - start) / (end - start)
+    return points[-1][1] if math.isclose(seconds, points[-1][0]) else None
+
+
+def mean_sd(values: Sequence[float | None], digits: str, scale: float = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{statistics.mean(known):{digits}}" + (f" ± {statistics.stdev(known):{digits}}" if len(known) > 1 else "")
+
+
+def paired(one: dict[int, float], two: dict[int, float]) -> dict[str, Any]:
+    """Mean difference over the seeds of both, its standard deviation, and its 95 % interval (Student's t)."""
+    differences = [one[seed] - two[seed] for seed in one if seed in two]
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return {"mean": mean, "sd": None, "interval": None, "seeds": count}
+    sd = statistics.stdev(differences)
+    half = float(stats.t.ppf(0.975, count - 1)) * sd / math.sqrt(count)
+    return {"mean": mean, "sd": sd, "interval": [mean - half, mean + half], "seeds": count}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Markdown: arms with their tuned values; then differences in pairs, of the losses and of the answers."""
+    arms, base = results["arms"], results["base"]
+    final = {name: {run["seed"]: run["validation"][-1][1] for run in arm["runs"]} for name, arm in arms.items()}
+    exact = {name: {r["seed"]: r["exact"] for r in arm["runs"] if "exact" in r} for name, arm in arms.items()}
+    answers, text = any(exact.values()), results["text"]
+    # What the fastest arm needs for all of its steps: so far every arm can be asked for its loss.
+    longest = max(arm["runs"][0]["validation"][-1][0] for arm in arms.values())
+    whole = [arm for arm in arms.values() if arm["runs"][0]["validation"][-1][0] == longest]
+    seconds = {id(arm): statistics.median(run["step_seconds"] for run in arm["runs"]) for arm in arms.values()}
+    limit = longest * min(seconds[id(arm)] for arm in whole)
+    rows = []
+    cells = [f"{base['validation']:.4f}", f"{math.exp(base['validation']):.2f}", ""]
+    rows.append(["as it is", "", "0", *cells, f"{100 * base.get('exact', 0):.1f}", "", ""])
+    for name, arm in arms.items():
+        runs = arm["runs"]
+        slower = [run | {"step_seconds": seconds[id(arm)]} for run in runs]
+        rows.append(
+            [
+                name,
+                ", ".join(f"{key} {value:g}" for key, value in arm["tuned"].items()),
+                str(runs[0]["validation"][-1][0]),
+                mean_sd(list(final[name].values()), ".4f"),
+                mean_sd([math.exp(loss) for loss in final[name].values()], ".2f"),
+                mean_sd([at_time(run, limit) for run in slower], ".4f"),
+                mean_sd(list(exact[name].values()), ".1f", 100),
+                f"{seconds[id(arm)]:.2f}",
+                f"{arm['saved_bytes'] / 1e6:.0f}",
+            ]
+        )
+    header = ["arm", "tuned", "steps", "validation loss", "perplexity", f"loss after {limit:.0f} s of steps"]
+    header += ["exact answers, %", "seconds per step", "saved for the backward, MB"]
+    unknown = {"perplexity"} if not text else set()
+    unknown |= {"exact answers, %"} if not answers else set()
+    keep = [i for i, name in enumerate(header) if name not in unknown]
+    lines = markdown_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])
+    pairs = []
+    kinds = (("validation loss", final, ".4f", 1), ("exact answers, points", exact, ".1f", 100))
+    for one, two in results["pairs"]:
+        for what, values, digits, scale in kinds:
+            if set(values[one]) & set(values[two]):
+                found = paired(values[one], values[two])
+                ends = [f"{scale * end:+{digits}}" for end in found["interval"] or ()]
+                spread = "" if found["sd"] is None else f" ± {scale * found['sd']:{digits}}"
+                pairs.append([f"{one} − {two}", what, f"{scale * found['mean']:+{digits}}{spread}", " … ".join(ends)])
+    if pairs:
+        lines += ["", *markdown_table(["paired over seeds", "of", "mean ± sd", "95 % interval"], pairs)]
+    return "\n".join(lines)
+
+
+def tuning_table(trials: Sequence[dict]) -> str:
+    rows = [
+        [one["arm"], ", ".join(f"{key} {value:g}" for key, value in one["values"].items()), f"{one['loss']:.4f}"]
+        for one in trials
+    ]
+    return "\n".join(markdown_table(["arm", "values", "loss on the tuning rows"], rows))
+
+
+def draw(results: dict[str, Any], folder: Path) -> list[Path]:
+    """curves.png: losses over steps and over time, and bytes (paper, Figure 1); importance.png (Figure 4)."""
+    plot_arms(folder / "curves.png", results["arms"])
+    learned = {name: arm["runs"][0]["updates"] for name, arm in results["arms"].items() if arm["runs"][0]["updates"]}
+    if not learned:
+        return [folder / "curves.png"]
+    plot_importance_panels(folder / "importance.png", learned)
+    return [folder / "curves.png", folder / "importance.png"]
+
+
+def main(argv: Sequence[str]) -> int:
+    args, _ = parse_arguments([ExperimentArguments], argv, __doc__.split("\n")[0])
+    experiment = Experiment.read(args.experiment, args.arms)
+    folder = Path(args.output_dir)
+    require_writable(folder)
+    files = write_parts(args, experiment.split, folder / "data")
+    runner = Runner(args, experiment, files)
+    arms = experiment.arms
+    tuned, trials = tune_all(runner, arms)
+    runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values()]
+    if experiment.evaluate:
+        runner.evaluate(None)
+    everything = [runner.flags(arm, tuned[arm.name], seed) for arm, seed in runs]
+    runner.run_all(everything, "runs")
+
+    results: dict[str, Any] = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "arms": {}}
+    results |= {"trials": trials, "pairs": experiment.pairs}
+    results["text"] = all(file.endswith(".txt") for file in args.train_file)
+    record = read_run(Path(everything[0]["output_dir"]))["configuration"]
+    for (arm, seed), flags in zip(runs, everything, strict=True):
+        entry = results["arms"].setdefault(
+            arm.name, {"settings": arm.settings, "tuned": tuned[arm.name], "runs": [], "flags": flags}
+        )
+        entry["runs"].append(result_of(Path(flags["output_dir"])) | {"seed": seed})
+    for entry in results["arms"].values():
+        layers = [layers for run in entry["runs"] for layers in run.pop("trained_layers")]
+        entry["saved_bytes"] = bytes_saved(entry.pop("flags"), layers, record["train_tokens"] / record["train_rows"])
+    first = next(iter(results["arms"].values()))["runs"][0]
+    results["base"] = {"validation": first["validation"][0][1]}
+    if experiment.evaluate:
+        summary = json.loads((runner.folder / "base" / "summary.json").read_text())
+        results["base"]["exact"] = summary["average"]
+    pictures = draw(results, folder)
+    table = tables(results)
+    print(table)
+    command = "python -m ist.experiment " + shlex.join(argv)
+    accelerator = Accelerator()
+    publish(folder / "experiment.json", command, accelerator, table, **results)
+    if args.publish:
+        target = Path(args.publish)
+        publish(target, command, accelerator, table, Path(args.readme) if args.readme else None, **results)
+        for picture in pictures:
+            (target.parent / f"{target.stem}-{picture.name}").write_bytes(picture.read_bytes())
+    sections = [("Results", table), *((picture.stem.capitalize(), picture) for picture in pictures)]
+    sections += [("Tuning", tuning_table(trials)), ("Command", command)]
+    facts = json.loads((folder / "experiment.json").read_text())
+    where = ", ".join(f"{key} {value}" for key, value in {**facts["versions"], **facts["hardware"]}.items())
+    sections.append(("Where and when", f"{facts['date']}, commit {facts['commit']}; {where}; seeds {experiment.seeds}"))
+    html_page(folder / "index.html", results["name"], sections)
+    print(f"{folder / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

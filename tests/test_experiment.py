@@ -1,0 +1,243 @@
+"""Arms beside each other: what is tuned, what is compared, and that nothing is run twice."""
+
+import json
+import statistics
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, reset_accelerate
+from peft import PeftModel
+from scipy import stats
+from transformers import AutoModelForCausalLM
+
+from ist import experiment
+from ist.config import UsageError
+from ist.data import arithmetic_rows, collate
+
+FILE = {
+    "recipe": {
+        **{"max_steps": 6, "eval_steps": 2, "warmup_steps": 1, "prompt_template": "none"},
+        **{"completion_only_loss": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "update_interval": 2},
+    },
+    "split": {"test": 10, "tuning": 6},
+    "tuning": {"seed": 100, "grid": {"learning_rate": [2e-2]}},
+    "seeds": [1, 2],
+    "arms": {
+        "LoRA": {"selection": "all"},
+        "short": {"selection": "all", "max_steps": 2, "tuned_as": "LoRA"},
+        "IST": {
+            **{"selection": "ist", "trained_layers": 2, "kept_layers": 2},
+            "tune": {"learning_rate": [1e-3, 2e-2], "score_lr": [10, 100]},
+        },
+        "fixed": {"selection": "fixed", "trained_layers": 2, "tuned_as": "LoRA", "top_of": "IST"},
+    },
+    "pairs": [["IST", "LoRA"], ["fixed", "IST"]],
+    "evaluate": {"num_beams": 1, "max_new_tokens": 4},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes) -> str:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(FILE | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def many_rows(tmp_path) -> Path:
+    file = tmp_path / "many.json"
+    file.write_text(json.dumps(arithmetic_rows(80, seed=1, held_out=False)))
+    return file
+
+
+def arguments(**values) -> list[str]:
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def saved_by_hooks(folder: Path, adapter: Path, rows: int, tokens: int) -> int:
+    """Bytes that a forward of a loaded model with a trained adapter really saves, weights apart."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter, is_trainable=True)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    ids = torch.ones(rows, tokens, dtype=torch.long)
+    batch = collate(ids.tolist(), ids.tolist(), 0)
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()
+        experiment.train_ist().token_loss_sum(model, batch)
+    batch_own = {t.untyped_storage().data_ptr() for t in batch.values()}
+    return sum(storage.nbytes() for pointer, storage in seen.items() if pointer not in own | batch_own)
+
+
+@pytest.mark.slow
+def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys):
+    folder = tmp_path / "out"
+    argv = arguments(model_name_or_path=tiny, train_file=many_rows, output_dir=folder, experiment=write(), jobs=2)
+    argv += [*arguments(publish=tmp_path / "published.json"), "--arms", "LoRA", "IST", "fixed"]
+    assert experiment.main(argv) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((folder / "experiment.json").read_text())
+
+    # Tuning: the learning rate, then mu at the best one, on the tuning rows and seed; the lowest loss is taken.
+    trials = result["trials"]
+    assert [(t["arm"], t["key"], t["values"][t["key"]]) for t in trials] == [
+        *(("LoRA", "learning_rate", 2e-2), ("IST", "learning_rate", 1e-3), ("IST", "learning_rate", 2e-2)),
+        *(("IST", "score_lr", 10), ("IST", "score_lr", 100)),
+    ]
+    assert len({t["values"]["learning_rate"] for t in trials[3:]}) == 1
+    for turn in (trials[1:3], trials[3:]):
+        best = min(turn, key=lambda t: t["loss"])["values"]
+        assert trials[3]["values"]["learning_rate"] == best["learning_rate"]
+    assert result["arms"]["IST"]["tuned"] == best
+    assert result["arms"]["fixed"]["tuned"] == result["arms"]["LoRA"]["tuned"] == {"learning_rate": 2e-2}
+
+    # Every number is that of the runs' own files.
+    runs = {path.parent: json.loads(path.read_text()) for path in folder.glob("runs/*/*/run.json")}
+    assert len(runs) == 4 + 6  # the run of IST's first mu is that of its best learning rate
+    for name, arm in result["arms"].items():
+        for one in arm["runs"]:
+            (path,) = (
+                path
+                for path, run in runs.items()
+                if path.parent.name == name
+                and run["configuration"]["seed"] == one["seed"]
+                and run["configuration"]["learning_rate"] == arm["tuned"]["learning_rate"]
+            )
+            assert one["validation"][-1][1] == runs[path]["final_validation_loss"]
+            assert one["trained_counts"] == runs[path]["trained_counts"]
+            assert runs[path]["configuration"]["validation_file"] == [str(folder / "data/test.json")]
+            assert one["exact"] == json.loads((path / "evaluation/summary.json").read_text())["average"]
+    parts = {name: json.loads((folder / f"data/{name}.json").read_text()) for name in ("train", "tuning", "test")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 64, "tuning": 6, "test": 10}
+
+    # The fixed layers are those that the tuned run of IST found the most important.
+    tuned = experiment.slug(result["arms"]["IST"]["tuned"])
+    lines = (folder / f"runs/IST/{tuned}-seed=100/importance.jsonl").read_text().splitlines()
+    scores = json.loads(lines[-1])["scores"]
+    top = sorted(torch.tensor(scores).topk(2).indices.tolist())
+    assert result["arms"]["fixed"]["settings"]["fixed_layers"] == top
+    steps = [6 if i in top else 0 for i in range(4)]
+    assert all(run["trained_counts"] == steps for run in result["arms"]["fixed"]["runs"])
+
+    # Bytes: as hooks count them on the model itself, all layers trained.
+    configuration = next(run["configuration"] for run in runs.values())
+    tokens = round(configuration["train_tokens"] / configuration["train_rows"])
+    adapter = next(path for path, run in runs.items() if run["configuration"]["selection"] == "all") / "adapter"
+    rows = configuration["per_device_train_batch_size"]
+    saved = {name: arm["saved_bytes"] for name, arm in result["arms"].items()}
+    assert saved["LoRA"] == pytest.approx(saved_by_hooks(tiny, adapter, rows, tokens), rel=0.01)
+    assert saved["IST"] < saved["LoRA"]
+
+    table = printed[printed.index("| arm |") : printed.index("| paired")]
+    losses = [run["validation"][-1][1] for run in result["arms"]["IST"]["runs"]]
+    assert f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}" in table
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert 'src="http' not in page and "<td>IST</td>" in page
+    assert (tmp_path / "published-curves.png").stat().st_size > 10_000
+
+    # Again: nothing is run, and the same comes out.
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()}
+    reset_accelerate()
+    assert experiment.main(argv) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()} == before
+    assert json.loads((folder / "experiment.json").read_text())["arms"] == result["arms"]
+
+
+def test_differences_are_paired_and_their_interval_is_students():
+    one, two = {1: 0.5, 2: 0.7, 3: 0.6, 4: 9.0}, {1: 0.4, 2: 0.65, 3: 0.52}
+    found = experiment.paired(one, two)
+    test = stats.ttest_rel([0.5, 0.7, 0.6], [0.4, 0.65, 0.52])
+    assert found["seeds"] == 3
+    assert found["mean"] == pytest.approx((0.1 + 0.05 + 0.08) / 3)
+    assert found["interval"] == pytest.approx([*test.confidence_interval()])
+    assert experiment.paired({1: 1.0}, {1: 0.5})["interval"] is None
+
+
+def test_the_loss_at_a_time_lies_between_validations():
+    result = {"step_seconds": 2.0, "validation": [[0, 3.0], [10, 2.0], [20, 1.0]]}
+    assert [experiment.at_time(result, s) for s in (0, 10, 20, 30, 40)] == pytest.approx([3.0, 2.5, 2.0, 1.5, 1.0])
+    assert experiment.at_time(result, 41) is None
+
+
+def test_parts_do_not_overlap_and_are_the_same_whatever_the_order(tmp_path):
+    rows = arithmetic_rows(50, seed=1, held_out=False)
+    seen = []
+    for name, given in (("a", rows), ("b", rows[::-1] + rows[:5])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(given))
+        args = experiment.ExperimentArguments("", "", [str(tmp_path / f"{name}.json")], str(tmp_path / name))
+        files = experiment.write_parts(args, {"test": 9, "tuning": 7}, tmp_path / name)
+        parts = {part: [row["instruction"] for row in json.loads(file.read_text())] for part, file in files.items()}
+        assert sorted(chain(*parts.values())) == sorted(row["instruction"] for row in rows)
+        assert (len(parts["test"]), len(parts["tuning"])) == (9, 7)
+        seen.append(parts)
+    assert seen[0] == seen[1]
+    with pytest.raises(UsageError, match="too few rows"):
+        experiment.write_parts(args, {"test": 9, "tuning": 41}, tmp_path / "c")
+    with pytest.raises(UsageError, match="other rows"):
+        experiment.write_parts(args, {"test": 8, "tuning": 7}, tmp_path / "b")
+
+
+def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
+    text = " ".join(f"word{i}" for i in range(500))
+    (tmp_path / "text.txt").write_text(text)
+    rows = experiment.rows_of("train_file", [str(tmp_path / "text.txt")])
+    joined = "".join(row["output"] for row in rows)
+    assert text.startswith(joined.rstrip())
+    assert len(text) - len(joined) < experiment.PIECE
+    assert all(experiment.PIECE <= len(row["output"]) < experiment.PIECE + 10 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"arms": {"a": {"tuned_as": "b"}}}, {}, "no arm 'b'; it has a"),
+        ({}, {"arms": "LORA"}, "no arm 'LORA'; it has LoRA, short, IST, fixed"),
+        ({"tuning": None}, {}, "is not like the files of launch/experiments/"),
+        ({}, {"experiment": "none.yaml"}, "none.yaml: No such file"),
+        ({}, {"readme": ROOT / "README.md"}, "--readme needs --publish"),
+        ({}, {"jobs": -1}, "jobs must be"),
+        ({}, {"train_file": "none.json"}, "--train_file none.json: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(many_rows, write, tmp_path, changes, options, message):
+    values = {"train_file": many_rows, "output_dir": tmp_path / "out", "experiment": write(**changes)} | options
+    with pytest.raises(UsageError) as refusal:
+        experiment.main(arguments(model_name_or_path="none", **values))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_some_arms_come_with_what_they_take_over(write):
+    chosen = experiment.Experiment.read(write(), ["fixed", "short"])
+    assert list(chosen.arms) == ["LoRA", "short", "IST", "fixed"]
+    assert list(experiment.Experiment.read(write(), ["IST"]).arms) == ["IST"]
+    assert experiment.Experiment.read(write(), ["IST"]).pairs == []
+
+
+def test_a_run_that_fails_is_told_with_its_log(tiny, many_rows, write, tmp_path):
+    path = write(recipe=FILE["recipe"] | {"lora_r": 0})
+    argv = arguments(model_name_or_path=tiny, train_file=many_rows, output_dir=tmp_path / "out", experiment=path)
+    with pytest.raises(UsageError, match=r"exit code 2; .*\.log ends: error: .*lora_r"):
+        experiment.main([*argv, "--jobs", "2"])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch/experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_files_that_come_along_are_experiments(file):
+    read = experiment.Experiment.read(str(file), None)
+    assert read.arms
+    for arm in read.arms.values():
+        flags = read.recipe | arm.settings | {key: values[0] for key, values in arm.tune.items()}
+        flags |= {"model_name_or_path": "m", "train_file": "f", "report_to": "none"}
+        experiment.arguments_of(experiment.train_ist(), {key: experiment._strings(v)[0] for key, v in flags.items()})
