@@ -14,7 +14,7 @@ import re
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -144,7 +144,7 @@ def wilson(right: int, rows: int) -> tuple[float, float]:
 class Scorer:
     """A model and its tokenizer, and the three things that are asked of them."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: "EvaluateArguments") -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: "ScorerArguments") -> None:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
         self.special = args.prompt_template != "chat"  # a chat template writes its own
@@ -216,25 +216,35 @@ def progress(items: Sequence, unit: str, state: PartialState) -> Iterator:
 
 
 @dataclass
-class EvaluateArguments:
+class ScorerArguments:
+    """The keys of a model that is measured, not trained: of this command and of `python -m ist.analyze`."""
+
     model_name_or_path: str = field(metadata={"help": "The base model."})
-    output_dir: str = field(metadata={"help": "Where the answers and the summary go."})
+    output_dir: str = field(metadata={"help": "Where the results go."})
     adapter: str | None = field(default=None, metadata={"help": "Folder of a PEFT adapter; default: the base alone."})
     any_base: bool = field(default=False, metadata={"help": "Take an adapter that names another base model."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "Of the base weights."})
+    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] | None = field(
+        default=None, metadata={"help": "Default: that of the run that made the adapter (its run.json), else alpaca."}
+    )
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a window of plain text."})
+    batch_size: int = field(default=16, metadata={"help": "Rows at a time."})
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+        require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
+
+
+@dataclass
+class EvaluateArguments(ScorerArguments):
     test_file: list[str] = field(
         default_factory=list,
         metadata={"help": "Rows with instruction and answer; the file's stem or folder is the task's name."},
     )
     perplexity_file: list[str] = field(default_factory=list, metadata={"help": "Plain text to take the perplexity of."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a window of plain text."})
-    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] | None = field(
-        default=None, metadata={"help": "Default: that of the run that made the adapter (its run.json), else alpaca."}
-    )
     scoring: Literal["generation", "likelihood"] = field(
         default="generation", metadata={"help": "likelihood: which of the listed choices is the most likely answer."}
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "Of the base weights."})
-    batch_size: int = field(default=16, metadata={"help": "Rows at a time."})
     num_beams: int = field(default=4, metadata={"help": "Beams of the search; 1 is greedy."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of an answer at most; default 32, and 256 where it is worked out."}
@@ -242,10 +252,10 @@ class EvaluateArguments:
     max_rows: int | None = field(default=None, metadata={"help": "Only the first rows of each file."})
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "num_beams", "max_new_tokens", "max_rows"):
+        super().__post_init__()
+        for key in ("num_beams", "max_new_tokens", "max_rows"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
-        require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
         if not self.test_file and not self.perplexity_file:
             raise UsageError("give --test_file FILE [FILE ...] or --perplexity_file FILE [FILE ...].")
         names = Counter(task_name(file) for file in self.test_file)
@@ -270,7 +280,7 @@ def load_tasks(args: EvaluateArguments) -> dict[str, tuple[Dataset, Answers]]:
     return tasks
 
 
-def require_base(args: EvaluateArguments) -> None:
+def require_base(args: ScorerArguments) -> None:
     """Raises UsageError when the adapter says that it belongs to another model, or is none."""
     if not args.adapter:
         return
@@ -283,15 +293,28 @@ def require_base(args: EvaluateArguments) -> None:
         )
 
 
-def adapter_digest(folder: str | None) -> str | None:
-    """Tells an adapter that was trained anew in the same folder from the one before."""
-    if folder is None:
-        return None
-    files = sorted(Path(folder).glob("adapter_*"))
+def files_digest(files: Iterable[Path]) -> str:
+    """Tells files from others that stood in the same places before."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def load_scorer(args: EvaluateArguments, device: torch.device) -> Scorer:
+def adapter_digest(folder: str | None) -> str | None:
+    """Tells an adapter that was trained anew in the same folder from the one before."""
+    return None if folder is None else files_digest(sorted(Path(folder).glob("adapter_*")))
+
+
+def read_text(key: str, file: str) -> str:
+    """Raises UsageError when it cannot be read, or is empty."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--{key} {file} cannot be read: {brief(error)}.") from error
+    if not text.strip():
+        raise UsageError(f"--{key} {file} is empty.")
+    return text
+
+
+def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
@@ -410,7 +433,7 @@ def as_table(summary: dict) -> str:
     return "\n".join(lines if summary["tasks"] else lines[2:])
 
 
-def _training_run(folder: str) -> dict | None:
+def training_run(folder: str) -> dict | None:
     """What the run that made the adapter, or the model, says of itself, where its run.json stands beside."""
     try:
         run = json.loads((Path(folder) / "../run.json").read_text())
@@ -419,31 +442,31 @@ def _training_run(folder: str) -> dict | None:
         return None
 
 
-def main(argv: Sequence[str]) -> int:
-    args, _ = parse_arguments([EvaluateArguments], argv, __doc__.split("\n")[0])
+def start(args: ScorerArguments) -> tuple[PartialState, dict | None]:
+    """(the processes, what the training run says of itself), and args.prompt_template by that where it has its default.
+
+    Raises:
+        UsageError: the launcher shards models, or the adapter belongs to another base model.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UsageError("evaluation puts a whole model on each device: launch with accelerate_configs/ddp.yaml.")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    training = _training_run(args.adapter or args.model_name_or_path)
+    training = training_run(args.adapter or args.model_name_or_path)
     if args.prompt_template is None:
         args.prompt_template = training["configuration"]["prompt_template"] if training else "alpaca"
     require_base(args)
-    tasks = load_tasks(args)
-    texts = {}
-    for file in args.perplexity_file:
-        try:
-            texts[Path(file).stem] = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--perplexity_file {file} cannot be read: {brief(error)}.") from error
-        if not texts[Path(file).stem].strip():
-            raise UsageError(f"--perplexity_file {file} is empty.")
+    return state, training
 
-    output_dir = Path(args.output_dir)
+
+def claim_folder(output_dir: Path, settings: dict, state: PartialState) -> None:
+    """Write the settings that decide the results beside them, as arguments.json.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds the results of others.
+    """
     require_writable(output_dir)
-    settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
-    settings["adapter_digest"] = adapter_digest(args.adapter)
     file = output_dir / "arguments.json"
     if file.exists() and (earlier := json.loads(file.read_text())) != settings:
         differing = ", ".join(key for key in settings if settings[key] != earlier.get(key))
@@ -451,6 +474,17 @@ def main(argv: Sequence[str]) -> int:
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(file, settings)
+
+
+def main(argv: Sequence[str]) -> int:
+    args, _ = parse_arguments([EvaluateArguments], argv, __doc__.split("\n")[0])
+    state, training = start(args)
+    tasks = load_tasks(args)
+    texts = {Path(file).stem: read_text("perplexity_file", file) for file in args.perplexity_file}
+    output_dir = Path(args.output_dir)
+    settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
+    settings["adapter_digest"] = adapter_digest(args.adapter)
+    claim_folder(output_dir, settings, state)
 
     loaded: list[Scorer] = []
 

@@ -577,6 +577,17 @@ def _interval(pairs: list[tuple[dict, dict]], tasks: list[str], draws: int = 200
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 
+def spearman(one: Sequence[float], two: Sequence[float]) -> float:
+    """Spearman's rho; equal values share their mean rank. NaN where all values of a side are equal."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        values = np.array(values)
+        return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
+
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(ranks(one), ranks(two))[0, 1])
+
+
 def compare(folders: Sequence[Path]) -> dict[str, Any]:
     """Accuracy per task and arm over seeds, and differences of a method's arms in pairs, from result folders.
 

@@ -35,7 +35,7 @@ from ist.config import CHEAP, parse_arguments
 from ist.data import GlobalBatches, collate, micro_batches, prepare_data
 from ist.distributed import Traffic
 from ist.model import load_model, make_peft_config, plan_layers
-from ist.report import RunRecord, read_lines
+from ist.report import RunRecord, read_lines, spearman
 from ist.selection import StepwiseUnmasking
 from ist.tuner import SparseTuner
 
@@ -373,12 +373,7 @@ def rank_correlation(seen: list[dict], probe: str, draws: int = 2000) -> tuple[f
 
     Rho of each update, then the mean over updates.
     """
-
-    def ranks(values: list[float]) -> np.ndarray:
-        values = np.array(values)
-        return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
-
-    rhos = [np.corrcoef(ranks(one["rewards"][probe]), ranks(one["rewards"]["full"]))[0, 1] for one in seen]
+    rhos = [spearman(one["rewards"][probe], one["rewards"]["full"]) for one in seen]
     generator = np.random.default_rng(0)
     means = [np.mean(generator.choice(rhos, size=len(rhos))) for _ in range(draws)]
     return float(np.mean(rhos)), np.percentile(means, [2.5, 97.5]).tolist()

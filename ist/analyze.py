@@ -1,0 +1,332 @@
+"""Which layers of a trained adapter matter: their responses are taken away one by one, greedily (paper, Figure 2).
+
+    python -m ist.analyze --model_name_or_path M --adapter runs/X/adapter --text_file TXT --output_dir O
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m ist.analyze ...  (shared out)
+
+Leaves O/removals.jsonl, a line per evaluation, O/analysis.json and O/layers.png (lines.jsonl has the losses that are
+drawn as lines). A run that was stopped goes on from what it has written.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ist.config import quiet_known_warnings
+
+quiet_known_warnings()
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from peft import PeftConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from ist.checkpoint import write_json
+from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
+from ist.data import Data, collate, encode_rows, load_rows, predicted_tokens
+from ist.evaluate import (
+    ScorerArguments,
+    adapter_digest,
+    claim_folder,
+    files_digest,
+    load_scorer,
+    read_text,
+    require_base,
+    start,
+)
+from ist.model import NO_LAYER_RESPONSE, require_fitting
+from ist.removal import DIRECTIONS, RemovalLoss, Removals, Tokens, mean_loss, remove_greedily
+from ist.report import IMPORTANCE, keep_lines, read_lines, spearman
+
+BASE, ADAPTER = "base model", "adapter"
+
+# ----------------------------------------------------------------------------------------------------------- the input
+
+
+@dataclass
+class AnalyzeArguments(ScorerArguments):
+    adapter: str = field(metadata={"help": "Folder of the PEFT adapter whose layers are taken away."})
+    text_file: str | None = field(default=None, metadata={"help": "Plain text, cut into windows of max_length tokens."})
+    rows_file: str | None = field(
+        default=None, metadata={"help": "Instead: rows with instruction and output; the loss is that of the answers."}
+    )
+    max_tokens: int = field(default=1024, metadata={"help": "Tokens of the text, or of whole rows, from the first on."})
+    directions: list[str] = field(
+        default_factory=lambda: list(DIRECTIONS),
+        metadata={"help": "least: at each stage the layer goes that is missed least; most: that is missed most."},
+    )
+    lines: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=DIR of other models or adapters whose loss is drawn as a line.", "metavar": "NAME=DIR"},
+    )
+    importance: str | None = field(
+        default=None, metadata={"help": "importance.jsonl of a run, or its folder: scores to compare the orders with."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_tokens >= 2, "max_tokens", "2 or more", self.max_tokens)
+        if (self.text_file is None) == (self.rows_file is None):
+            raise UsageError("give --text_file TXT or --rows_file JSON, and not both.")
+        known = set(self.directions) <= DIRECTIONS.keys()
+        require(known, "directions", "least, most or both", " ".join(self.directions))
+        self.directions = [direction for direction in DIRECTIONS if direction in self.directions]
+
+
+# What may change between a run and the one that goes on with it.
+FREE_KEYS = ("output_dir", "directions", "lines", "importance")
+
+
+def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tokens:
+    """The first max_tokens tokens of the text in windows side by side, or as many whole rows, but one at least.
+
+    Raises:
+        UsageError: a file or a row that cannot be used, or tokens that the model cannot take.
+    """
+    if args.text_file:
+        text = read_text("text_file", args.text_file)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: args.max_tokens]
+        windows = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
+        windows = [window for window in windows if len(window) > 1]  # the first token of a window is not predicted
+        if not windows:
+            raise UsageError(f"--text_file {args.text_file} has a single token, so there is none to predict.")
+        rows = Dataset.from_dict({"input_ids": windows, "labels": windows})
+    else:
+        rows = load_rows("rows_file", [args.rows_file])
+        rows = rows.select(range(min(len(rows), args.max_tokens)))
+        rows, _ = encode_rows(rows, "rows_file", args.prompt_template, tokenizer, args.max_length, True)
+        taken = sum(total <= args.max_tokens for total in accumulate(map(len, rows["input_ids"])))
+        rows = rows.select(range(max(1, taken)))
+    pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    try:
+        config = AutoConfig.from_pretrained(args.model_name_or_path)
+    except Exception as error:
+        raise UsageError(f"--model_name_or_path {args.model_name_or_path} cannot be used: {brief(error)}") from error
+    require_fitting(Data(rows, None, 0, pad_token_id), config, config.get_text_config().vocab_size)
+    batches = []
+    for i in range(0, len(rows), args.batch_size):
+        part = rows[i : i + args.batch_size]
+        batch = collate(part["input_ids"], part["labels"], pad_token_id)
+        batches.append({key: tensor.to(device) for key, tensor in batch.items()})
+    return Tokens(batches, sum(map(predicted_tokens, rows["labels"])))
+
+
+def load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UsageError(f"--{key} {folder} has no tokenizer: {brief(error)}") from error
+
+
+def read_lines_argument(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, AnalyzeArguments]:
+    """The models that are measured whole, by the names of their lines, as arguments of `load_scorer`.
+
+    Raises:
+        UsageError: not NAME=DIR, a name twice, a folder with neither a model nor an adapter of this base model, or a
+            model with other tokens.
+    """
+    models = {BASE: replace(args, adapter=None)}
+    for line in args.lines:
+        name, _, folder = line.partition("=")
+        if not name or not folder or name in models or name == ADAPTER:
+            raise UsageError(f"--lines must be NAME=DIR, each NAME once and not {BASE} or {ADAPTER}; got {line}.")
+        if (Path(folder) / "adapter_config.json").exists():
+            models[name] = replace(args, adapter=folder)
+            require_base(models[name])
+        elif (Path(folder) / "config.json").exists():
+            models[name] = replace(args, adapter=None, model_name_or_path=folder)
+            if load_tokenizer("lines", folder).get_vocab() != tokenizer.get_vocab():
+                raise UsageError(f"--lines {line}: its tokenizer is not that of {args.model_name_or_path}.")
+        else:
+            raise UsageError(f"--lines {line}: {folder} has neither adapter_config.json nor config.json.")
+    return models
+
+
+def read_importance(path: str | None) -> list[float] | None:
+    """The scores after the last importance update of a run.
+
+    Raises:
+        UsageError: there are none, or all are equal.
+    """
+    if path is None:
+        return None
+    file = Path(path) / IMPORTANCE if Path(path).is_dir() else Path(path)
+    try:
+        scores = read_lines(file)[-1]["scores"]
+    except (IndexError, KeyError, TypeError, OSError, UnicodeDecodeError):
+        raise UsageError(f"--importance {path} has no importance scores (no line with scores in {file}).") from None
+    if len(set(scores)) < 2:
+        raise UsageError(f"--importance {path}: all scores are equal, so they rank no layer.")
+    return scores
+
+
+def require_layers(folder: str) -> None:
+    """Raises UsageError when the adapter is of a method without a response per layer."""
+    config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning or config.peft_type in NO_LAYER_RESPONSE:
+        raise UsageError(f"--adapter {folder}: {config.peft_type.value} has no response of each layer to take away.")
+
+
+def measure_lines(
+    file: Path,
+    models: dict[str, AnalyzeArguments],
+    adapter: str,
+    removal: Callable[[], RemovalLoss],
+    tokens: Tokens,
+    state: PartialState,
+) -> dict[str, dict]:
+    """{name: {folder, digest, loss}} of the models and of the adapter, which has `layers` too: their module names.
+
+    Rank 0 measures what `file` does not have.
+    """
+    folders = {name: one.adapter or one.model_name_or_path for name, one in models.items()} | {ADAPTER: adapter}
+    wanted = {
+        name: {"name": name, "folder": folder, "digest": adapter_digest(folder)} for name, folder in folders.items()
+    }
+
+    def known() -> dict[str, dict]:
+        lines = {line["name"]: line for line in read_lines(file)}
+        return {name: lines[name] for name, keys in wanted.items() if keys.items() <= lines.get(name, {}).items()}
+
+    if state.is_main_process:
+        keep_lines(file, lambda line: True)
+        for name in [name for name in wanted if name not in known()]:
+            if name == ADAPTER:
+                found = {"loss": removal().full, "layers": removal().layers.names}
+            else:
+                found = {"loss": mean_loss(load_scorer(models[name], state.device).model, tokens)}
+            with open(file, "a") as stream:
+                stream.write(json.dumps(wanted[name] | found) + "\n")
+    state.wait_for_everyone()
+    return known()
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+
+def greedy_order(analysis: dict, direction: str) -> list[int]:
+    """The layers of an analysis.json from the one that matters least to the one that matters most."""
+    order = analysis["directions"][direction]["order"]
+    return list(order if direction == "least" else reversed(order))
+
+
+def agreement(scores: Sequence[float], importance: Sequence[float]) -> dict[str, Any]:
+    """Spearman's rho over layers, and its 95 % interval: Fisher's z with Fieller's variance 1.06 / (n - 3).
+
+    None where it is not defined: all values of a side are equal, or, for the interval, fewer than 4 layers.
+    """
+    rho, interval = spearman(scores, importance), None
+    if math.isnan(rho):
+        return {"rho": None, "interval": None}
+    if len(scores) > 3:
+        with np.errstate(divide="ignore"):  # a rho of 1 is infinitely far, and its interval is [1, 1]
+            z = np.arctanh(np.clip(rho, -1, 1))
+        spread = 1.959964 * math.sqrt(1.06 / (len(scores) - 3))
+        interval = np.tanh([z - spread, z + spread]).tolist()
+    return {"rho": rho, "interval": interval}
+
+
+def compare_importance(analysis: dict, scores: Sequence[float]) -> dict[str, dict]:
+    """How scores rank the layers beside each greedy order, and beside what the loss rises without a layer alone."""
+    places = {d: np.argsort(greedy_order(analysis, d)).tolist() for d in analysis["directions"]}
+    values = places | {"single_removal": analysis["single_removal"]}
+    return {name: agreement(scores, importance) for name, importance in values.items()}
+
+
+def draw(path: Path, analysis: dict) -> None:
+    """layers.png (paper, Figure 2): loss over the number of layers taken away, and the other models as lines."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    full, labels = analysis["losses"][ADAPTER], {"least": "least important first", "most": "most important first"}
+    for colour, (direction, result) in zip(("tab:blue", "tab:red"), analysis["directions"].items()):
+        losses = [full, *result["losses"]]
+        axis.plot(range(len(losses)), losses, marker=".", lw=1.2, color=colour, label=labels[direction])
+    colours = iter(["0.3", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink"] * len(analysis["losses"]))
+    for name, loss in analysis["losses"].items():
+        axis.axhline(loss, color=next(colours), ls="--", lw=1, label=f"{name}: {loss:.3f}")
+    axis.set(xlabel="layers without their adapter response", ylabel="loss per token")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def summary(analysis: dict) -> str:
+    """What is printed: the losses, the orders, and how to train only the layers at either end of an order."""
+    lines = [f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}" for name, loss in analysis["losses"].items()]
+    count = ISTConfig().counts(len(analysis["layers"])).trained
+    for direction, result in analysis["directions"].items():
+        order = greedy_order(analysis, direction)
+        lines.append(f"{direction} important first: {', '.join(map(str, result['order']))}")
+        for name, layers in ((f"the {count} most important", order[-count:]), (f"the {count} least", order[:count])):
+            lines.append(f"  train {name}: --selection fixed --fixed_layers {','.join(map(str, sorted(layers)))}")
+    for name, found in analysis.get("importance", {}).items():
+        interval = " … ".join(f"{end:+.2f}" for end in found["interval"]) if found["interval"] else "none"
+        rho = "undefined" if found["rho"] is None else f"{found['rho']:+.2f}"
+        lines.append(f"rank correlation of the importance scores, {name}: {rho} (95 % interval {interval})")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    args, _ = parse_arguments([AnalyzeArguments], argv, __doc__.split("\n")[0])
+    state, training = start(args)
+    require_layers(args.adapter)
+    tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path)
+    models, scores = read_lines_argument(args, tokenizer), read_importance(args.importance)
+    tokens = load_tokens(args, tokenizer, state.device)
+    output_dir = Path(args.output_dir)
+    settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
+    settings["adapter_digest"] = adapter_digest(args.adapter)
+    settings["data_digest"] = files_digest([Path(args.text_file or args.rows_file)])
+    claim_folder(output_dir, settings, state)
+
+    @cache
+    def removal() -> RemovalLoss:
+        """Loaded when the first evaluation needs it: a finished analysis needs none."""
+        model = load_scorer(args, state.device).model
+        model.set_adapter(model.active_adapter)  # layers are told by what trains
+        loss = RemovalLoss(model, tokens)
+        if not loss.reuses:
+            state.print("Blocks of this model need more than the outputs of those below: every evaluation runs all.")
+        if outside := loss.layers.outside:
+            state.print(f"{outside[0]} and {len(outside) - 1} more are of no layer: they are never taken away.")
+        return loss
+
+    lines = measure_lines(output_dir / "lines.jsonl", models, args.adapter, removal, tokens, state)
+    names = lines[ADAPTER]["layers"]
+    if scores is not None and len(scores) != len(names):
+        raise UsageError(f"--importance {args.importance} has {len(scores)} scores, the adapter {len(names)} layers.")
+    removals = Removals(output_dir / "removals.jsonl", len(names), removal, state)
+    results = {}
+    for direction in args.directions:
+        results[direction] = remove_greedily(direction, len(names), lambda gone, d=direction: removals.losses(d, gone))
+    full = lines[ADAPTER]["loss"]
+    analysis = {
+        "losses": {name: lines[name]["loss"] for name in (*models, ADAPTER)},
+        "directions": results,
+        "single_removal": [loss - full for loss in removals.losses(args.directions[0], []).values()],
+        "layers": names,
+        "tokens": tokens.predicted,
+        "arguments": asdict(args) | {key: settings[key] for key in ("adapter_digest", "data_digest")},
+        "training": training,
+    }
+    if scores is not None:
+        analysis["importance"] = compare_importance(analysis, scores)
+    if state.is_main_process:
+        write_json(output_dir / "analysis.json", analysis)
+        draw(output_dir / "layers.png", analysis)
+        print(summary(analysis), flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

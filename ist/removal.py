@@ -1,0 +1,174 @@
+"""Losses of an adapter as the responses of its layers are taken away one by one: what `python -m ist.analyze` measures.
+
+Every evaluation is a line of a file and is made once; candidates are shared out over ranks.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from ist.config import UsageError
+from ist.distributed import reduce_sum
+from ist.layers import LayerMap
+from ist.loss import token_loss_sum
+from ist.report import keep_lines, read_lines
+from ist.suppression import measuring, suppress
+
+# How a layer is chosen at each stage, of the losses without it: the lowest loss means that it mattered least.
+DIRECTIONS = {"least": min, "most": max}
+
+
+class Tokens(NamedTuple):
+    batches: list[dict[str, Tensor]]  # input_ids, attention_mask, labels, [B, S], on the device
+    predicted: int  # those that the loss is the mean of
+
+
+def mean_loss(model: nn.Module, tokens: Tokens, before: Callable[[int], Any] | None = None) -> float:
+    """The mean cross entropy of the predicted tokens; `before` is called with the number of each batch.
+
+    Raises:
+        UsageError: it is not finite.
+    """
+    total = 0.0
+    with measuring(model):
+        for i, batch in enumerate(tokens.batches):
+            if before:
+                before(i)
+            total += token_loss_sum(model, batch).item()
+    if not math.isfinite(total):
+        raise UsageError(f"the loss is {total}: there is nothing to compare. Try --dtype float32.")
+    return total / tokens.predicted
+
+
+class RemovalLoss:
+    """The loss of some tokens, with the adapter responses of a set of layers taken away (suppressed with g = 0).
+
+    To take away one layer more changes nothing below it. So the outputs of all blocks are kept once for the layers that
+    are gone already, and under a candidate the blocks below return what is kept instead of running; masks, positions,
+    norm and head are the model's own. Kept are [tokens, hidden size] for each block, padding included.
+
+    Attributes:
+        full: the loss with all layers.
+        reuses: whether blocks are skipped; not where they are found to need more than the outputs of those below.
+
+    Raises:
+        UsageError: the adapter has no layers.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tokens) -> None:
+        self.model, self.tokens = model, tokens
+        self.layers = LayerMap(model)
+        self.full = self._keep([])
+        self.reuses = self._can_reuse()
+
+    def __call__(self, removed: Sequence[int], layer: int) -> float:
+        below = self.layers.positions[layer] if self.reuses else 0
+        if below and self._kept_for != set(removed):
+            self._keep(removed)
+        return self._loss([*removed, layer], below)
+
+    def _loss(self, removed: Iterable[int], below: int = 0) -> float:
+        """With the kept outputs of the blocks under `below`."""
+        blocks, modules = self.layers.all_blocks[:below], [m for i in removed for m in self.layers.modules[i]]
+        with suppress(modules, 0.0), _replaceable(blocks) as give:
+            return mean_loss(self.model, self.tokens, lambda i: give(self._outputs[i]))
+
+    def _keep(self, removed: Sequence[int]) -> float:
+        """The loss without `removed`; keeps the output of each block under the topmost layer, for each batch."""
+        self._outputs: list[list[Any]] = [[] for _ in self.tokens.batches]
+        kept: list[Any] = []
+        blocks = self.layers.all_blocks[: self.layers.positions[-1]]
+        handles = [block.register_forward_hook(lambda block, args, output: kept.append(output)) for block in blocks]
+        try:
+            loss = self._loss(removed)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._outputs = [kept[i * len(blocks) : (i + 1) * len(blocks)] for i in range(len(self.tokens.batches))]
+        self._kept_for = set(removed)
+        return loss
+
+    def _can_reuse(self) -> bool:
+        """Whether the topmost layer, run by itself on what is kept, gives the loss of the whole model.
+
+        Not where layers hand more to one another than their outputs (keys and values that several share), or run twice.
+        """
+        try:
+            return math.isclose(self._loss([], self.layers.positions[-1]), self.full, rel_tol=1e-6)
+        except Exception:  # whatever a block misses that was not run
+            return False
+
+
+@contextmanager
+def _replaceable(blocks: Sequence[nn.Module]) -> Iterator[Callable[[Sequence], None]]:
+    """Within the context, `give(outputs)` has each block return the output in its place, whatever it is called with."""
+
+    def returning(output: Any) -> Callable:
+        return lambda *args, **kwargs: output
+
+    def give(outputs: Sequence) -> None:
+        for i, block in enumerate(blocks):
+            block.forward = returning(outputs[i])
+
+    try:
+        yield give
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+class Removals:
+    """Evaluations, each made once: what removals.jsonl has is not measured again. Every rank calls it alike."""
+
+    def __init__(self, file: Path, n_layers: int, removal: Callable[[], RemovalLoss], state: PartialState) -> None:
+        self.file, self.n_layers, self.removal, self.state = file, n_layers, removal, state
+        lines = read_lines(file)
+        self.done = {(line["direction"], line["stage"], line["layer"]) for line in lines}
+        self.known = {frozenset([*line["removed"], line["layer"]]): line["loss"] for line in lines}
+        state.wait_for_everyone()  # nobody writes before everybody has read
+        if state.is_main_process:
+            keep_lines(file, lambda line: True)  # without one that a kill cut short
+
+    def losses(self, direction: str, removed: list[int]) -> dict[int, float]:
+        """{layer: loss without it and `removed`} for each layer that is left, in order, on every rank."""
+        left = [i for i in range(self.n_layers) if i not in removed]
+        stage = len(removed) + 1
+        todo = [i for i in left if (direction, stage, i) not in self.done]
+        self.done.update((direction, stage, i) for i in todo)
+        # A layer for each rank at a time: neighbours, which take equally long.
+        for first in range(0, len(todo), self.state.num_processes):
+            together = todo[first : first + self.state.num_processes]
+            losses = torch.zeros(self.n_layers, dtype=torch.float64, device=self.state.device)
+            for layer in together[self.state.process_index :][:1]:
+                loss = self.known.get(frozenset([*removed, layer]))
+                losses[layer] = self.removal()(removed, layer) if loss is None else loss
+            found = reduce_sum(losses).tolist()
+            self.known |= {frozenset([*removed, layer]): found[layer] for layer in together}
+            if self.state.is_main_process:
+                lines = ({"direction": direction, "stage": stage, "removed": removed, "layer": i} for i in together)
+                with open(self.file, "a") as stream:
+                    stream.writelines(json.dumps(line | {"loss": found[line["layer"]]}) + "\n" for line in lines)
+        return {layer: self.known[frozenset([*removed, layer])] for layer in left}
+
+
+def remove_greedily(
+    direction: str, n_layers: int, losses_without: Callable[[list[int]], dict[int, float]]
+) -> dict[str, list]:
+    """{order: layers as they went, losses: after each}; of layers that are missed alike the lowest goes first.
+
+    Args:
+        losses_without: of the layers that are gone, {layer: loss without it as well} for the others, lowest first.
+    """
+    order, after = [], []
+    for _ in range(n_layers):
+        losses = losses_without(order)
+        order.append(DIRECTIONS[direction](losses, key=losses.get))
+        after.append(losses[order[-1]])
+    return {"order": order, "losses": after, "perplexities": [math.exp(loss) for loss in after]}
