@@ -178,18 +178,17 @@ def require_layers(folder: str) -> None:
 def measure_lines(
     file: Path,
     models: dict[str, AnalyzeArguments],
-    adapter: str,
     removal: Callable[[], RemovalLoss],
     tokens: Tokens,
     state: PartialState,
 ) -> dict[str, dict]:
-    """{name: {folder, digest, loss}} of the models and of the adapter, which has `layers` too: their module names.
+    """{name: {name, folder, digest, loss}} of the models; of the adapter itself `layers` too, their module names.
 
     Rank 0 measures what `file` does not have.
     """
-    folders = {name: one.adapter or one.model_name_or_path for name, one in models.items()} | {ADAPTER: adapter}
     wanted = {
-        name: {"name": name, "folder": folder, "digest": adapter_digest(folder)} for name, folder in folders.items()
+        name: {"name": name, "folder": one.adapter or one.model_name_or_path, "digest": adapter_digest(one.adapter)}
+        for name, one in models.items()
     }
 
     def known() -> dict[str, dict]:
@@ -279,7 +278,8 @@ def main(argv: Sequence[str]) -> int:
     state, training = start(args)
     require_layers(args.adapter)
     tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path)
-    models, scores = read_lines_argument(args, tokenizer), read_importance(args.importance)
+    models = read_lines_argument(args, tokenizer) | {ADAPTER: args}
+    scores = read_importance(args.importance)
     tokens = load_tokens(args, tokenizer, state.device)
     output_dir = Path(args.output_dir)
     settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
@@ -299,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
             state.print(f"{outside[0]} and {len(outside) - 1} more are of no layer: they are never taken away.")
         return loss
 
-    lines = measure_lines(output_dir / "lines.jsonl", models, args.adapter, removal, tokens, state)
+    lines = measure_lines(output_dir / "lines.jsonl", models, removal, tokens, state)
     names = lines[ADAPTER]["layers"]
     if scores is not None and len(scores) != len(names):
         raise UsageError(f"--importance {args.importance} has {len(scores)} scores, the adapter {len(names)} layers.")
@@ -309,7 +309,7 @@ def main(argv: Sequence[str]) -> int:
         results[direction] = remove_greedily(direction, len(names), lambda gone, d=direction: removals.losses(d, gone))
     full = lines[ADAPTER]["loss"]
     analysis = {
-        "losses": {name: lines[name]["loss"] for name in (*models, ADAPTER)},
+        "losses": {name: lines[name]["loss"] for name in models},
         "directions": results,
         "single_removal": [loss - full for loss in removals.losses(args.directions[0], []).values()],
         "layers": names,
