@@ -155,6 +155,8 @@ class Removals:
                 lines = ({"direction": direction, "stage": stage, "removed": removed, "layer": i} for i in together)
                 with open(self.file, "a") as stream:
                     stream.writelines(json.dumps(line | {"loss": found[line["layer"]]}) + "\n" for line in lines)
+        if todo:
+            self.state.print(f"{direction} important first: stage {stage} of {self.n_layers}", flush=True)
         return {layer: self.known[frozenset([*removed, layer])] for layer in left}
 
 
