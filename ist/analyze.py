@@ -234,7 +234,10 @@ def agreement(scores: Sequence[float], importance: Sequence[float]) -> dict[str,
 
 
 def compare_importance(analysis: dict, scores: Sequence[float]) -> dict[str, dict]:
-    """How scores rank the layers beside each greedy order, and beside what the loss rises without a layer alone."""
+    """How scores rank the layers beside each greedy order, and beside what the loss rises without a layer alone.
+
+    Layers that are missed alike (adapters still at zero) stand in an order by their position, but share a rank alone.
+    """
     places = {d: np.argsort(greedy_order(analysis, d)).tolist() for d in analysis["directions"]}
     values = places | {"single_removal": analysis["single_removal"]}
     return {name: agreement(scores, importance) for name, importance in values.items()}
