@@ -56,7 +56,10 @@ class AnalyzeArguments(ScorerArguments):
     adapter: str = field(metadata={"help": "Folder of the PEFT adapter whose layers are taken away."})
     text_file: str | None = field(default=None, metadata={"help": "Plain text, cut into windows of max_length tokens."})
     rows_file: str | None = field(
-        default=None, metadata={"help": "Instead: rows with instruction and output; the loss is that of the answers."}
+        default=None,
+        metadata={
+            "help": "Instead: rows with instruction and output; the loss is of the answers, as far as max_length."
+        },
     )
     max_tokens: int = field(default=1024, metadata={"help": "Tokens of the text, or of whole rows, from the first on."})
     directions: list[str] = field(
