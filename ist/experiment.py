@@ -47,7 +47,7 @@ from ist.report import (
     read_run,
     require_writable,
 )
-from ist.speed import arguments_of, train_ist
+from ist.speed import arguments_of, as_argv, train_ist
 
 ROOT = Path(__file__).parent.parent
 PIECE = 600  # characters of a row made of plain text
@@ -255,8 +255,7 @@ class Runner:
         if (run := read_run(where)) is None or run["status"] != "finished":
             values = flags | {"resume_from_checkpoint": "auto", "save_total_limit": 1}
             values |= {} if "save_steps" in flags else {"save_steps": 20}
-            argv = [part for key, value in values.items() for part in (f"--{key}", *_strings(value))]
-            self._process(["train_ist.py", *argv], number, where)
+            self._process(["train_ist.py", *as_argv(values)], number, where)
             run = read_run(where)
         if self.experiment.evaluate and flags["validation_file"] == self.files["test"]:
             self.evaluate(where, number)
@@ -274,8 +273,7 @@ class Runner:
             values["adapter"] = run / "adapter"
         elif run:
             values["model_name_or_path"] = run / "model"
-        argv = [part for key, value in values.items() for part in (f"--{key}", *_strings(value))]
-        self._process(["-m", "ist.evaluate", *argv], number, where)
+        self._process(["-m", "ist.evaluate", *as_argv(values)], number, where)
 
     def _process(self, argv: list[str], number: int, where: Path) -> None:
         command = [sys.executable]
@@ -293,12 +291,6 @@ class Runner:
         if done.returncode:
             last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
             raise UsageError(f"a run ended with exit code {done.returncode}; {log} ends: {last}")
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [str(value).lower() if isinstance(value, bool) else str(value)]
 
 
 def highest_layers(run: Path, count: int) -> list[int]:

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,15 @@ def train_ist():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def as_argv(flags: dict[str, Any]) -> list[str]:
+    """{"bf16": True, "fixed_layers": [1, 2]} as a command line."""
+
+    def strings(value: Any) -> list[str]:
+        return [text for item in value for text in strings(item)] if isinstance(value, list) else [str(value)]
+
+    return [part for key, value in flags.items() for part in (f"--{key}", *strings(value))]
 
 
 def synchronize() -> None:
@@ -143,10 +153,10 @@ def run_ours(job, flags: dict, parts: bool) -> dict[str, float]:
         metrics = Path(folder) / "run/metrics.jsonl"
         if not parts:
             with _silent():
-                code = job.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+                code = job.main(as_argv(values))
         else:
             with watch.inside(job), _silent():
-                code = job.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+                code = job.main(as_argv(values))
         if code:
             raise RuntimeError(f"train_ist.py ended with {code} in arm {flags}")
         lines = [line for line in read_lines(metrics) if "loss" in line][1:]
@@ -226,7 +236,7 @@ def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, devi
 
 def arguments_of(job, flags: dict) -> Namespace:
     """The arguments of a run of train_ist.py, resolved as it does."""
-    argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    argv = as_argv(flags)
     *groups, _ = parse_arguments(job.ARGUMENTS, argv, "")
     return Namespace(**{key: value for group in groups for key, value in vars(group).items()})
 
@@ -360,7 +370,7 @@ def probe_agreement(flags: dict, say: Callable[[str], None]) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             _reset()
             values = flags | {"output_dir": f"{folder}/run", "report_to": "none", "selection": "ist"}
-            code = job.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+            code = job.main(as_argv(values))
     finally:
         SparseTuner.update_importance = update
     if code:
@@ -397,7 +407,7 @@ def communicate(flags: dict) -> None:
         SparseTuner.begin_step = begin
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                code = job.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
+                code = job.main(as_argv(flags))
         finally:
             SparseTuner.begin_step = begin_step
     if code:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from peft import PeftModel
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
-from ist import experiment
+from ist import evaluate, experiment
 from ist.config import UsageError
 from ist.data import arithmetic_rows, collate
 
@@ -43,7 +44,7 @@ FILE = {
 def write(tmp_path):
     def write(**changes) -> str:
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(FILE | changes))
+        path.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
         return str(path)
 
     return write
@@ -80,8 +81,44 @@ def saved_by_hooks(folder: Path, adapter: Path, rows: int, tokens: int) -> int:
     return sum(storage.nbytes() for pointer, storage in seen.items() if pointer not in own | batch_own)
 
 
-@pytest.mark.slow
-def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys):
+class Inline:
+    """An executor that runs what it is given at once, in this thread: signals are for the main one."""
+
+    def __init__(self, jobs):
+        assert jobs == 2
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture
+def few_processes(monkeypatch):
+    """The first run is a process of its own, as for users; the others are run in this one, without its start."""
+    real, started = experiment.Runner._process, []
+
+    def process(runner, argv, number, where):
+        started.append(argv)
+        if len(started) == 1:
+            return real(runner, argv, number, where)
+        reset_accelerate()
+        main = experiment.train_ist().main if argv[0] == "train_ist.py" else evaluate.main
+        assert main([part for part in argv if part not in ("train_ist.py", "-m", "ist.evaluate")]) == 0
+        reset_accelerate()
+
+    monkeypatch.setattr(experiment.Runner, "_process", process)
+    monkeypatch.setattr(experiment, "ThreadPoolExecutor", Inline)
+    return started
+
+
+def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_processes):
     folder = tmp_path / "out"
     argv = arguments(model_name_or_path=tiny, train_file=many_rows, output_dir=folder, experiment=write(), jobs=2)
     argv += [*arguments(publish=tmp_path / "published.json"), "--arms", "LoRA", "IST", "fixed"]
@@ -104,6 +141,7 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys):
 
     # Every number is that of the runs' own files.
     runs = {path.parent: json.loads(path.read_text()) for path in folder.glob("runs/*/*/run.json")}
+    assert len(few_processes) == len(runs) + 7
     assert len(runs) == 4 + 6  # the run of IST's first mu is that of its best learning rate
     for name, arm in result["arms"].items():
         for one in arm["runs"]:
@@ -240,4 +278,4 @@ def test_the_files_that_come_along_are_experiments(file):
     for arm in read.arms.values():
         flags = read.recipe | arm.settings | {key: values[0] for key, values in arm.tune.items()}
         flags |= {"model_name_or_path": "m", "train_file": "f", "report_to": "none"}
-        experiment.arguments_of(experiment.train_ist(), {key: experiment._strings(v)[0] for key, v in flags.items()})
+        experiment.arguments_of(experiment.train_ist(), flags)
