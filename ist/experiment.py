@@ -229,6 +229,8 @@ class Runner:
         part = "tuning" if seed == self.experiment.tuning_seed else "test"
         where = self.folder / arm.name.replace(" ", "_") / f"{slug(values)}-seed={seed}"
         own = {"seed": seed, "validation_file": self.files[part], "output_dir": where}
+        if part == "tuning":
+            own["eval_steps"] = self.base["max_steps"]  # of a trial only the end counts
         return {**self.base, **arm.settings, **values, **own, "logging_steps": 1, "report_to": "none"}
 
     def run_all(self, runs: Sequence[dict[str, Any]], what: str) -> list[dict]:
