@@ -9,6 +9,7 @@ drawn as lines). A run that was stopped goes on from what it has written.
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -29,7 +30,6 @@ from matplotlib.ticker import MaxNLocator
 from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ist.checkpoint import write_json
 from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
 from ist.data import Data, collate, encode_rows, load_rows, predicted_tokens
 from ist.evaluate import (
@@ -44,7 +44,7 @@ from ist.evaluate import (
 )
 from ist.model import NO_LAYER_RESPONSE, require_fitting
 from ist.removal import DIRECTIONS, RemovalLoss, Removals, Tokens, mean_loss, remove_greedily
-from ist.report import IMPORTANCE, keep_lines, read_lines, spearman
+from ist.report import IMPORTANCE, keep_lines, publish, read_lines, spearman
 
 BASE, ADAPTER = "base model", "adapter"
 
@@ -326,7 +326,7 @@ def main(argv: Sequence[str]) -> int:
     if scores is not None:
         analysis["importance"] = compare_importance(analysis, scores)
     if state.is_main_process:
-        write_json(output_dir / "analysis.json", analysis)
+        publish(output_dir / "analysis.json", "python -m ist.analyze " + shlex.join(argv), state, "", **analysis)
         draw(output_dir / "layers.png", analysis)
         print(summary(analysis), flush=True)
     state.wait_for_everyone()

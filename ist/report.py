@@ -25,7 +25,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -60,7 +60,7 @@ def read_run(output_dir: Path) -> dict | None:
         raise UsageError(f"{path} cannot be read ({error}); repair or remove it.") from error
 
 
-def environment(accelerator: Accelerator) -> dict[str, Any]:
+def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
     """What run.json says of where a run ran: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -81,7 +81,12 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def publish(
-    file: Path, command: str, accelerator: Accelerator, table: str, readme: Path | None = None, **result: Any
+    file: Path,
+    command: str,
+    accelerator: Accelerator | PartialState,
+    table: str,
+    readme: Path | None = None,
+    **result: Any,
 ) -> None:
     """Write a result as JSON, with command, date, versions, commit and hardware, and its table into a README.
 
