@@ -364,6 +364,7 @@ def result_of(run: Path) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     updates = read_lines(run / IMPORTANCE)
     result = {
+        "folder": str(run),
         "validation": [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line],
         "loss": [round(line["loss"], 5) for line in steps],
         "step_seconds": statistics.mean(line["step_seconds"] for line in steps),

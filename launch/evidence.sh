@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The README's "Evidence": which answer to "what to train" is best on real rows, and which layers matter.
+#
+#   launch/evidence.sh DATA [PART ...]
+#
+# DATA is a folder with math/train.json (rows of word problems with worked answers, in LLM-Adapters' format) and
+# wikitext-2/valid.txt and test.txt. Parts, all of them if none is named: arithmetic, wikitext-2, layers. Hours on two
+# CPU cores; stopped at any time, it goes on from there. Tables and pictures go to launch/results/ and README.md.
+set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+[ -d "${1:-}" ] || { echo "error: DATA must be a folder; got ${1:-nothing}. See launch/evidence.sh --help" >&2; exit 2; }
+data=$(realpath --relative-to="$(dirname "$0")/.." -s "$1")
+shift
+cd "$(dirname "$0")/.."
+for part in "$@"; do
+  case $part in
+    arithmetic | wikitext-2 | layers) ;;
+    *) echo "error: unknown part $part: arithmetic, wikitext-2 or layers" >&2; exit 2 ;;
+  esac
+done
+parts=" ${*:-arithmetic wikitext-2 layers} "
+launch/setup.sh --model
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+model=models/SmolLM2-135M-Instruct
+
+experiment() { # NAME [--key value ...]
+  .venv/bin/python -m ist.experiment --experiment "launch/experiments/$1.yaml" --model_name_or_path $model \
+    --output_dir "runs/$1" --publish "launch/results/$1.json" --readme README.md "${@:2}"
+}
+folder() { # NAME ARM: that of the arm's first seed
+  .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arms"][sys.argv[2]]["runs"][0]["folder"])' \
+    "runs/$1/experiment.json" "$2"
+}
+
+if [[ $parts == *" arithmetic "* ]]; then experiment arithmetic --train_file "$data/math/train.json"; fi
+if [[ $parts == *" wikitext-2 "* ]]; then
+  experiment wikitext-2 --train_file "$data/wikitext-2/valid.txt" --test_file "$data/wikitext-2/test.txt"
+fi
+if [[ $parts == *" layers "* ]]; then
+  .venv/bin/python -m ist.analyze --model_name_or_path $model --adapter "$(folder arithmetic LoRA)/adapter" \
+    --rows_file runs/arithmetic/data/test.json --dtype bfloat16 --max_tokens 1024 --output_dir runs/layers \
+    --importance "$(folder arithmetic 'IST 8')" --lines "full fine-tuning=$(folder arithmetic 'full fine-tuning')/model"
+  cp runs/layers/analysis.json launch/results/layers.json
+  cp runs/layers/layers.png launch/results/layers.png
+fi
