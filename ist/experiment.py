@@ -11,15 +11,17 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from ist.config import quiet_known_warnings
@@ -31,13 +33,14 @@ import yaml
 from accelerate import Accelerator
 from scipy import stats
 
-from ist.config import UsageError, brief, parse_arguments, require, run_command
+from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
 from ist.data import load_rows
 from ist.memory import SavedByLayer, counting
 from ist.model import make_peft_config, plan_layers
 from ist.report import (
     IMPORTANCE,
     METRICS,
+    differing_keys,
     html_page,
     markdown_table,
     plot_arms,
@@ -50,7 +53,13 @@ from ist.report import (
 from ist.speed import arguments_of, as_argv, train_ist
 
 ROOT = Path(__file__).parent.parent
-PIECE = 600  # characters of a row made of plain text
+PIECE = 1200  # characters of a row made of plain text: more than max_length, so that none ends in the middle of a text
+
+
+def _from_root(path: str) -> str:
+    """A path as runs are to see it, whose working directory is that of train_ist.py."""
+    here = Path(path).absolute()
+    return str(here.relative_to(ROOT)) if here.is_relative_to(ROOT) else str(here)
 
 
 @dataclass
@@ -80,6 +89,11 @@ class ExperimentArguments:
         for path in (self.accelerate_config, self.readme):
             if path and not Path(path).is_file():
                 raise UsageError(f"{path}: no such file.")
+        if self.readme and f"<!-- {Path(self.publish).stem} -->" not in Path(self.readme).read_text():
+            raise UsageError(f"--readme {self.readme} has no place <!-- {Path(self.publish).stem} --> for the tables.")
+        if Path(self.model_name_or_path).exists():  # runs have another working directory
+            self.model_name_or_path = _from_root(self.model_name_or_path)
+        self.output_dir = _from_root(self.output_dir)
 
 
 @dataclass
@@ -138,6 +152,7 @@ class Experiment:
             raise UsageError(f"{path}: {error.strerror}.") from error
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not like the files of launch/experiments/: {brief(error)}.") from error
+        _check(path, values, arms, experiment)
         wanted = list(only or arms)
         for name in wanted:  # grows as arms name others
             if name not in arms:
@@ -146,6 +161,28 @@ class Experiment:
         experiment.arms = {name: arm for name, arm in arms.items() if name in wanted}
         experiment.pairs = [pair for pair in experiment.pairs if set(pair) <= set(wanted)]
         return experiment
+
+
+def _check(path: str, values: dict, arms: dict[str, Arm], experiment: Experiment) -> None:
+    """Raises UsageError for what would else show after hours."""
+    for one, two in experiment.pairs:
+        if missing := {one, two} - arms.keys():
+            raise UsageError(f"{path}: pairs has no arm {missing.pop()!r}; it has {', '.join(arms)}.")
+    for arm in arms.values():
+        for key in ("tuned_as", "top_of"):
+            other = arms.get(getattr(arm, key))
+            if other and (other.tuned_as or (key == "top_of" and other.top_of)):
+                raise UsageError(
+                    f"{path}: {arm.name} cannot be {key} {other.name}, which takes from another arm itself."
+                )
+        for key, value in [*arm.settings.items(), *((key, v) for key, many in arm.tune.items() for v in many)]:
+            if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
+                raise UsageError(f"{path}: {key} {value} is text in YAML: write {value.replace('e', '.0e')}.")
+    whole = isinstance(experiment.seeds, list) and all(isinstance(seed, int) for seed in experiment.seeds)
+    if not whole or not experiment.seeds or experiment.tuning_seed in experiment.seeds:
+        raise UsageError(f"{path}: seeds must be a list of numbers without that of tuning; got {experiment.seeds}.")
+    if set(experiment.split) != {"test", "tuning"}:
+        raise UsageError(f"{path}: split must name test and tuning rows; got {experiment.split}.")
 
 
 def slug(values: dict[str, Any]) -> str:
@@ -161,8 +198,13 @@ def rows_of(key: str, files: Sequence[str]) -> list[dict]:
     Raises:
         UsageError: as load_rows.
     """
+    if not any(file.endswith(".txt") for file in files):
+        rows = load_rows(key, files)
+        if "instruction" not in rows.column_names:
+            raise UsageError(f"--{key} needs the columns instruction and output; got {', '.join(rows.column_names)}.")
+        return list({_question(row): row for row in rows}.values())
     if not all(file.endswith(".txt") for file in files):
-        return list({json.dumps([row["instruction"], row.get("input")]): row for row in load_rows(key, files)}.values())
+        raise UsageError(f"--{key} must not mix plain text with rows; got {', '.join(files)}.")
     rows = []
     for file in files:
         try:
@@ -176,6 +218,10 @@ def rows_of(key: str, files: Sequence[str]) -> list[dict]:
                 rows.append({"instruction": "", "output": piece})
                 piece = ""
     return rows
+
+
+def _question(row: dict) -> str:
+    return json.dumps([row["instruction"], row.get("input"), row["output"] if not row["instruction"] else None])
 
 
 def write_parts(args: ExperimentArguments, split: dict[str, int], folder: Path) -> dict[str, Path]:
@@ -192,19 +238,23 @@ def write_parts(args: ExperimentArguments, split: dict[str, int], folder: Path) 
     parts = {}
     if args.test_file:
         parts["test"] = shuffled(rows_of("test_file", args.test_file))[: split["test"]]
+        seen = set(map(_question, parts["test"]))
+        rows = [row for row in rows if _question(row) not in seen]
     else:
         parts["test"], rows = rows[: split["test"]], rows[split["test"] :]
     parts["tuning"], parts["train"] = rows[: split["tuning"]], rows[split["tuning"] :]
     for name, part in parts.items():
         if len(part) < split.get(name, 1):
-            raise UsageError(f"--train_file {' '.join(args.train_file)} leaves too few rows for the part {name}.")
+            raise UsageError(f"the files leave too few rows for the part {name}: {len(part)} of {split.get(name, 1)}.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.json" for name in parts}
     for name, part in parts.items():
         text = json.dumps(part)
         if files[name].exists() and files[name].read_text() != text:
             raise UsageError(f"{files[name]} holds other rows: choose another --output_dir.")
-        files[name].write_text(text)
+        temporary = files[name].with_name(f".{name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(files[name])
     return files
 
 
@@ -212,26 +262,29 @@ def write_parts(args: ExperimentArguments, split: dict[str, int], folder: Path) 
 
 
 class Runner:
-    """Runs train_ist.py and ist.evaluate as processes, some at a time; what is finished is not run again.
-
-    Args:
-        base: the keys that all runs share.
-    """
+    """Runs train_ist.py and ist.evaluate as processes, some at a time; what is finished is not run again."""
 
     def __init__(self, args: ExperimentArguments, experiment: Experiment, files: dict[str, Path]) -> None:
         self.args, self.experiment, self.files = args, experiment, files
         self.folder = Path(args.output_dir) / "runs"
         self.jobs = args.jobs or (1 if args.accelerate_config else torch.cuda.device_count() or os.cpu_count() or 1)
         self.base = {"model_name_or_path": args.model_name_or_path, "train_file": files["train"], **experiment.recipe}
+        all_devices = ",".join(map(str, range(torch.cuda.device_count())))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_devices).split(",")
+        self.devices: Queue[str] = Queue()
+        for i in range(self.jobs):
+            self.devices.put(visible[i % len(visible)])
 
     def flags(self, arm: Arm, values: dict[str, Any], seed: int) -> dict[str, Any]:
         """The keys of one run; the reported loss is that of rows which no tuning has seen."""
         part = "tuning" if seed == self.experiment.tuning_seed else "test"
-        where = self.folder / arm.name.replace(" ", "_") / f"{slug(values)}-seed={seed}"
+        named = values | ({"fixed_layers": ",".join(map(str, arm.settings["fixed_layers"]))} if arm.top_of else {})
+        where = self.folder / arm.name.replace(" ", "_") / f"{slug(named)}-seed={seed}"
         own = {"seed": seed, "validation_file": self.files[part], "output_dir": where}
         if part == "tuning":
-            own["eval_steps"] = self.base["max_steps"]  # of a trial only the end counts
-        return {**self.base, **arm.settings, **values, **own, "logging_steps": 1, "report_to": "none"}
+            own["eval_steps"] = None  # of a trial only the end counts
+        flags = {**self.base, **arm.settings, **values, **own, "logging_steps": 1, "report_to": "none"}
+        return {key: value for key, value in flags.items() if value is not None}
 
     def run_all(self, runs: Sequence[dict[str, Any]], what: str) -> list[dict]:
         """Do all runs; run.json of each.
@@ -240,7 +293,7 @@ class Runner:
             UsageError: one was stopped, or failed; its log says why.
         """
         with ThreadPoolExecutor(self.jobs) as pool:
-            running = {pool.submit(self._run, i, flags): flags for i, flags in enumerate(runs)}
+            running = {pool.submit(self._run, flags): flags for flags in runs}
             try:
                 for count, done in enumerate(as_completed(running), 1):
                     run, where = done.result(), Path(running[done]["output_dir"])
@@ -252,22 +305,25 @@ class Runner:
                 raise
         return [read_run(Path(flags["output_dir"])) for flags in runs]
 
-    def _run(self, number: int, flags: dict[str, Any]) -> dict:
+    def _run(self, flags: dict[str, Any]) -> dict:
         where = Path(flags["output_dir"])
         if (run := read_run(where)) is None or run["status"] != "finished":
             values = flags | {"resume_from_checkpoint": "auto", "save_total_limit": 1}
             values |= {} if "save_steps" in flags else {"save_steps": 20}
-            self._process(["train_ist.py", *as_argv(values)], number, where)
+            launch = ["-m", "accelerate.commands.launch", "--config_file", self.args.accelerate_config]
+            self._process([*(launch if self.args.accelerate_config else []), "train_ist.py", *as_argv(values)], where)
             run = read_run(where)
+        # Not what the model decides.
+        asked = {k: v for k, v in vars(arguments_of(train_ist(), flags)).items() if v not in (None, "auto")}
+        if differing := differing_keys(run["configuration"], asked):
+            raise UsageError(f"{where} holds a run of another configuration: {differing}. Choose another --output_dir.")
         if self.experiment.evaluate and flags["validation_file"] == self.files["test"]:
-            self.evaluate(where, number)
+            self.evaluate(where)
         return run
 
-    def evaluate(self, run: Path | None, number: int = 0) -> None:
+    def evaluate(self, run: Path | None) -> None:
         """Answers of a run's result on the test rows, or of the model as it is."""
         where = run / "evaluation" if run else self.folder / "base"
-        if (where / "summary.json").exists():
-            return
         values = {"model_name_or_path": self.args.model_name_or_path, "test_file": self.files["test"]}
         values |= {"prompt_template": self.base.get("prompt_template", "alpaca"), "output_dir": where}
         values |= {"dtype": self.base.get("dtype", "auto"), **self.experiment.evaluate}
@@ -275,30 +331,28 @@ class Runner:
             values["adapter"] = run / "adapter"
         elif run:
             values["model_name_or_path"] = run / "model"
-        self._process(["-m", "ist.evaluate", *as_argv(values)], number, where)
+        if (where / "summary.json").exists():
+            there = json.loads((where / "summary.json").read_text())["arguments"]
+            if any(there[key] != value for key, value in self.experiment.evaluate.items()):
+                raise UsageError(f"{where} holds answers of another `evaluate`: remove it.")
+            return
+        self._process(["-m", "ist.evaluate", *as_argv(values)], where)
 
-    def _process(self, argv: list[str], number: int, where: Path) -> None:
-        command = [sys.executable]
-        if self.args.accelerate_config:
-            command += ["-m", "accelerate.commands.launch", "--config_file", self.args.accelerate_config]
+    def _process(self, argv: list[str], where: Path) -> None:
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-        if torch.cuda.device_count() > 1 and not self.args.accelerate_config:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        device = self.devices.get()
+        if device and not self.args.accelerate_config:
+            environment["CUDA_VISIBLE_DEVICES"] = device
         where.parent.mkdir(parents=True, exist_ok=True)
         log = where.parent / f"{where.name}.log"
         with open(log, "a") as file:
-            done = subprocess.run([*command, *argv], cwd=ROOT, env=environment, stdout=file, stderr=file)
+            done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        self.devices.put(device)
         if done.returncode:
             last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
             raise UsageError(f"a run ended with exit code {done.returncode}; {log} ends: {last}")
-
-
-def highest_layers(run: Path, count: int) -> list[int]:
-    """The `count` layers of highest importance at the end of a run of IST."""
-    scores = read_lines(run / IMPORTANCE)[-1]["scores"]
-    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
 
 
 def tune(runner: Runner, arms: Sequence[Arm], say: str) -> tuple[dict[str, dict], list[dict]]:
@@ -330,8 +384,9 @@ def tune_all(runner: Runner, arms: dict[str, Arm]) -> tuple[dict[str, dict], lis
     chosen = [arm for arm in arms.values() if arm.top_of]
     for arm in chosen:
         flags = runner.flags(arms[arm.top_of], best[arm.top_of], runner.experiment.tuning_seed)
-        run = read_run(Path(flags["output_dir"]))
-        arm.settings["fixed_layers"] = highest_layers(Path(flags["output_dir"]), run["layer_counts"]["trained"])
+        scores = read_lines(Path(flags["output_dir"]) / IMPORTANCE)[-1]["scores"]
+        count = ISTConfig(trained_layers=str(arm.settings.get("trained_layers", 0.25))).counts(len(scores)).trained
+        arm.settings["fixed_layers"] = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
     more, later = tune(runner, chosen, "tuning fixed layers")
     best |= more
     return best | {arm.name: best[arm.tuned_as] for arm in arms.values() if arm.tuned_as}, trials + later
@@ -362,12 +417,14 @@ def result_of(run: Path) -> dict[str, Any]:
     """What a table needs of a finished run: losses over steps, seconds per step, layers trained, answers."""
     record, lines = read_run(run), read_lines(run / METRICS)
     steps = [line for line in lines if "loss" in line]
+    seconds = [line["step_seconds"] for line in steps]
     updates = read_lines(run / IMPORTANCE)
     result = {
         "folder": str(run),
         "validation": [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line],
         "loss": [round(line["loss"], 5) for line in steps],
-        "step_seconds": statistics.mean(line["step_seconds"] for line in steps),
+        # Of windows of ten steps, which each hold their share of probes: being held up once does not count.
+        "step_seconds": statistics.median(statistics.mean(seconds[i : i + 10]) for i in range(0, len(seconds), 10)),
         "trained_counts": record["trained_counts"],
         "updates": [{"step": u["step"], "probabilities": [round(p, 5) for p in u["probabilities"]]} for u in updates],
         "commit": record["commit"],
@@ -426,7 +483,7 @@ def tables(results: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                ", ".join(f"{key} {value:g}" for key, value in arm["tuned"].items()),
+                ", ".join(f"{key} {value}" for key, value in arm["tuned"].items()),
                 str(runs[0]["validation"][-1][0]),
                 mean_sd(list(final[name].values()), ".4f"),
                 mean_sd([math.exp(loss) for loss in final[name].values()], ".2f"),
@@ -436,7 +493,7 @@ def tables(results: dict[str, Any]) -> str:
                 f"{arm['saved_bytes'] / 1e6:.0f}",
             ]
         )
-    header = ["arm", "tuned", "steps", "validation loss", "perplexity", f"loss after {limit:.0f} s of steps"]
+    header = ["arm", "tuned", "steps", "validation loss", "perplexity", f"loss on its way after {limit:.0f} s"]
     header += ["exact answers, %", "seconds per step", "saved for the backward, MB"]
     unknown = {"perplexity"} if not text else set()
     unknown |= {"exact answers, %"} if not answers else set()
@@ -457,11 +514,16 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def tuning_table(trials: Sequence[dict]) -> str:
-    rows = [
-        [one["arm"], ", ".join(f"{key} {value:g}" for key, value in one["values"].items()), f"{one['loss']:.4f}"]
-        for one in trials
-    ]
-    return "\n".join(markdown_table(["arm", "values", "loss on the tuning rows"], rows))
+    """Every trial; the best of an arm and key are marked, and those at an end of what was tried."""
+    rows = []
+    for one in trials:
+        values = [other for other in trials if (other["arm"], other["key"]) == (one["arm"], one["key"])]
+        best = min(values, key=lambda other: other["loss"])["values"] == one["values"]
+        tried = sorted(other["values"][one["key"]] for other in values)
+        at_end = best and len(tried) > 1 and one["values"][one["key"]] in (tried[0], tried[-1])
+        mark = "best, at an end of what was tried" if at_end else "best" if best else ""
+        rows.append([one["arm"], ", ".join(f"{k} {v}" for k, v in one["values"].items()), f"{one['loss']:.4f}", mark])
+    return "\n".join(markdown_table(["arm", "values", "loss on the tuning rows", ""], rows))
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -482,6 +544,12 @@ def main(argv: Sequence[str]) -> int:
     files = write_parts(args, experiment.split, folder / "data")
     runner = Runner(args, experiment, files)
     arms = experiment.arms
+    for arm in arms.values():  # what any of them would be refused for, before the first is run
+        first = {key: values[0] for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
+        try:
+            plan_layers(arguments_of(train_ist(), runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
+        except UsageError as error:
+            raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
     tuned, trials = tune_all(runner, arms)
     runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values()]
     if experiment.evaluate:
@@ -491,6 +559,8 @@ def main(argv: Sequence[str]) -> int:
 
     results: dict[str, Any] = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "arms": {}}
     results |= {"trials": trials, "pairs": experiment.pairs}
+    # Tables in a README make a checkout differ from its commit: what counts is where the runs were.
+    results["commit"] = ", ".join(sorted({read_run(Path(f["output_dir"]))["commit"] or "none" for f in everything}))
     results["text"] = all(file.endswith(".txt") for file in args.train_file)
     record = read_run(Path(everything[0]["output_dir"]))["configuration"]
     for (arm, seed), flags in zip(runs, everything, strict=True):

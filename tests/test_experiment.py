@@ -104,10 +104,10 @@ def few_processes(monkeypatch):
     """The first run is a process of its own, as for users; the others are run in this one, without its start."""
     real, started = experiment.Runner._process, []
 
-    def process(runner, argv, number, where):
+    def process(runner, argv, where):
         started.append(argv)
         if len(started) == 1:
-            return real(runner, argv, number, where)
+            return real(runner, argv, where)
         reset_accelerate()
         main = experiment.train_ist().main if argv[0] == "train_ist.py" else evaluate.main
         assert main([part for part in argv if part not in ("train_ist.py", "-m", "ist.evaluate")]) == 0
@@ -193,6 +193,32 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
     assert json.loads((folder / "experiment.json").read_text())["arms"] == result["arms"]
 
 
+def test_a_finished_run_of_another_configuration_is_not_taken(tiny, many_rows, write, tmp_path, few_processes):
+    def argv(**changes) -> list[str]:
+        values = {"train_file": many_rows, "output_dir": tmp_path / "out", "model_name_or_path": tiny, "jobs": 2}
+        return [*arguments(**values, experiment=write(**changes)), "--arms", "LoRA"]
+
+    assert experiment.main(argv(evaluate=None)) == 0
+    reset_accelerate()
+    with pytest.raises(UsageError, match=r"another configuration: lora_alpha \(8 there, 16 here\)"):
+        experiment.main(argv(evaluate=None, recipe=FILE["recipe"] | {"lora_alpha": 16}))
+
+
+def test_a_best_value_at_an_end_of_what_was_tried_is_marked():
+    def trial(arm: str, rate: float, loss: float) -> dict:
+        return {"arm": arm, "key": "learning_rate", "values": {"learning_rate": rate}, "loss": loss}
+
+    trials = [
+        trial("a", 1e-3, 3.0),
+        trial("a", 1e-2, 2.0),
+        trial("a", 1e-1, 2.5),
+        trial("b", 1, 2.0),
+        trial("b", 2, 1.0),
+    ]
+    marks = [line.split(" | ")[-1].strip(" |") for line in experiment.tuning_table(trials).splitlines()[2:]]
+    assert marks == ["", "best", "", "", "best, at an end of what was tried"]
+
+
 def test_differences_are_paired_and_their_interval_is_students():
     one, two = {1: 0.5, 2: 0.7, 3: 0.6, 4: 9.0}, {1: 0.4, 2: 0.65, 3: 0.52}
     found = experiment.paired(one, two)
@@ -221,6 +247,15 @@ def test_parts_do_not_overlap_and_are_the_same_whatever_the_order(tmp_path):
         assert (len(parts["test"]), len(parts["tuning"])) == (9, 7)
         seen.append(parts)
     assert seen[0] == seen[1]
+    for row in rows[:3]:  # that stand in the test file are not trained on
+        assert row["instruction"] in chain(*seen[0].values())
+    (tmp_path / "test.json").write_text(json.dumps(rows[:3]))
+    args.test_file = [str(tmp_path / "test.json")]
+    files = experiment.write_parts(args, {"test": 3, "tuning": 7}, tmp_path / "d")
+    parts = {part: [row["instruction"] for row in json.loads(file.read_text())] for part, file in files.items()}
+    assert len(parts["test"]) == 3 and len(parts["tuning"]) == 7 and len(parts["train"]) == 40
+    assert not set(parts["test"]) & {*parts["tuning"], *parts["train"]}
+    args.test_file = None
     with pytest.raises(UsageError, match="too few rows"):
         experiment.write_parts(args, {"test": 9, "tuning": 41}, tmp_path / "c")
     with pytest.raises(UsageError, match="other rows"):
@@ -240,8 +275,23 @@ def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"arms": {"a": {"tuned_as": "b"}}}, {}, "no arm 'b'; it has a"),
+        ({"arms": {"a": {"tuned_as": "b"}}, "pairs": []}, {}, "no arm 'b'; it has a"),
         ({}, {"arms": "LORA"}, "no arm 'LORA'; it has LoRA, short, IST, fixed"),
+        ({"pairs": [["IST", "Lora"]]}, {}, "pairs has no arm 'Lora'; it has LoRA, short, IST, fixed"),
+        ({"seeds": [1, 100]}, {}, "seeds must be a list of numbers without that of tuning; got [1, 100]"),
+        ({"seeds": 1}, {}, "seeds must be"),
+        ({"split": {"test": 3}}, {}, "split must name test and tuning rows"),
+        ({"arms": {"a": {"tune": {"learning_rate": ["2e-4"]}}}, "pairs": []}, {}, "2e-4 is text in YAML: write 2.0e-4"),
+        (
+            {"arms": FILE["arms"] | {"b": {"tuned_as": "short"}}},
+            {},
+            "b cannot be tuned_as short, which takes from another",
+        ),
+        (
+            {"arms": FILE["arms"] | {"b": {"lisa_interval": 3}}},
+            {"model_name_or_path": "TINY"},
+            "b: --lisa_interval must be",
+        ),
         ({"tuning": None}, {}, "is not like the files of launch/experiments/"),
         ({}, {"experiment": "none.yaml"}, "none.yaml: No such file"),
         ({}, {"readme": ROOT / "README.md"}, "--readme needs --publish"),
@@ -249,10 +299,12 @@ def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
         ({}, {"train_file": "none.json"}, "--train_file none.json: no such file"),
     ],
 )
-def test_bad_input_is_one_line(many_rows, write, tmp_path, changes, options, message):
+def test_bad_input_is_one_line(tiny, many_rows, write, tmp_path, monkeypatch, changes, options, message):
+    monkeypatch.setattr(experiment.Runner, "_process", lambda *args: pytest.fail("a run was started"))
     values = {"train_file": many_rows, "output_dir": tmp_path / "out", "experiment": write(**changes)} | options
+    values["model_name_or_path"] = tiny if "model_name_or_path" in values else "none"
     with pytest.raises(UsageError) as refusal:
-        experiment.main(arguments(model_name_or_path="none", **values))
+        experiment.main(arguments(**values))
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -265,9 +317,9 @@ def test_some_arms_come_with_what_they_take_over(write):
 
 
 def test_a_run_that_fails_is_told_with_its_log(tiny, many_rows, write, tmp_path):
-    path = write(recipe=FILE["recipe"] | {"lora_r": 0})
+    path = write(recipe=FILE["recipe"] | {"max_length": 2})
     argv = arguments(model_name_or_path=tiny, train_file=many_rows, output_dir=tmp_path / "out", experiment=path)
-    with pytest.raises(UsageError, match=r"exit code 2; .*\.log ends: error: .*lora_r"):
+    with pytest.raises(UsageError, match=r"exit code 2; .*\.log ends: error: .*"):
         experiment.main([*argv, "--jobs", "2"])
 
 
