@@ -21,7 +21,7 @@ import shlex
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,15 @@ def memory_of(method: str, model: str, shape: tuple[int, int], measure: bool, **
     measured = dict.fromkeys(steps)
     if measure:
         whole = materialise(load_skeleton(args, peft_config, config), device)
-        counter = StepCounter(whole, args, make_batch(*shape, False, device), like_gpu)
-        measured = {name: measured_peak(counter, costliest, device) for name, (_, costliest) in draws.items()}
-        del counter, whole
+        for name, (drawn, costliest) in draws.items():
+            counter = StepCounter(whole, args, make_batch(*shape, False, device), like_gpu)
+            try:
+                measured[name] = measured_peak(counter, costliest, set().union(*drawn), device)
+            except torch.OutOfMemoryError:
+                say(f"{model}, {method}, {name}: does not fit here")
+            counter.train(range(n_layers))
+            del counter
+        del whole
     records = []
     for name, step in steps.items():
         saved = float(step.saved)
@@ -153,10 +159,17 @@ def memory_of(method: str, model: str, shape: tuple[int, int], measure: bool, **
     return records
 
 
-def measured_peak(counter: StepCounter, trained: Sequence[int], device: torch.device) -> int:
-    """Peak bytes of a real step: as CUDA's allocator has them, or on a CPU as the operations' storages count."""
+def measured_peak(counter: StepCounter, trained: Sequence[int], ever: Iterable[int], device: torch.device) -> int:
+    """Peak bytes of a real step: as CUDA's allocator has them, or on a CPU as the operations' storages count.
+
+    Optimizer state is there for the layers that `ever` train.
+    """
+    kept = set(map(id, counter.with_state(counter.train(trained), ever)))
+    for parameter in counter.trainable:
+        if counter.optimizer and id(parameter) not in kept:
+            counter.optimizer.state.pop(parameter, None)
     if device.type != "cuda":
-        return counter.step(trained).peak
+        return counter.step(trained, ever).peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     counter.step(trained)
@@ -260,11 +273,12 @@ def speed(options: Namespace, command: str) -> None:
         flops = timing.count_flops(flags)
     dtype = torch.bfloat16 if options.bf16 or options.dtype == "bfloat16" else torch.float32
     rate = timing.matmul_rate(dtype)
-    header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range)", "/ bare loop (range)"]
+    header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range)"]
+    header += ["tokens/s", "/ bare loop (range)"]
     floor = {key: 100 * flops[key] / rate for key in ("forward", "backward")}
-    rows = timing.speed_table(results)
-    rows.append(["floor: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor] + [""] * 3)
-    rows[-1] += [f"{sum(floor.values()):.3g}", ""]
+    rows = timing.speed_table(results, flops["tokens"])
+    rows.append(["floor of `all`: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor])
+    rows[-1] += ["", "", "", f"{sum(floor.values()):.3g}", f"{100 * flops['tokens'] / sum(floor.values()):.0f}", ""]
     shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, {options.rounds} rounds"
     table = "\n".join([shape, "", *markdown_table(header, rows)])
     finish(options, command, table, results=results, flops=flops, matmul_flops_per_second=rate)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -477,8 +478,8 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     """
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     by_step, by_time, memory = figure.subplots(1, 3, width_ratios=[3, 3, 2.2])
-    colours = matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors
-    for colour, (name, arm) in zip(colours, arms.items(), strict=False):
+    colours = list(islice(cycle(matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors), len(arms)))
+    for colour, (name, arm) in zip(colours, arms.items(), strict=True):
         steps = np.array([step for step, _ in arm["runs"][0]["validation"]])
         losses = np.array([[loss for _, loss in run["validation"]] for run in arm["runs"]])
         seconds = np.median([run["step_seconds"] for run in arm["runs"]])
@@ -495,9 +496,9 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     by_step.legend(fontsize="small")
     names = list(arms)[::-1]
     values = [arms[name]["saved_bytes"] / 1e6 for name in names]
-    bars = memory.barh(names, values, color=list(colours[: len(names)])[::-1])
+    bars = memory.barh(names, values, color=colours[::-1])
     memory.bar_label(bars, fmt="%.0f", padding=3)
-    memory.set(xlabel="MB, mean over steps", title="Saved for the backward")
+    memory.set(xlabel="MB, mean over steps", title="Saved for the backward, counted")
     memory.margins(x=0.15)
     figure.savefig(path, dpi=110)
 

@@ -5,6 +5,7 @@ A B C A B C, each time with another seed, so that draws and whatever else the ma
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -135,7 +136,9 @@ def _reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextlib.contextmanager
@@ -160,7 +163,8 @@ def run_ours(job, flags: dict, parts: bool) -> dict[str, float]:
         if code:
             raise RuntimeError(f"train_ist.py ended with {code} in arm {flags}")
         lines = [line for line in read_lines(metrics) if "loss" in line][1:]
-        peak = lines[-1]["peak_memory_bytes"]
+        # On a CPU a process's peak is that of all arms before.
+        peak = {"peak_memory_bytes": lines[-1]["peak_memory_bytes"]} if torch.cuda.is_available() else {}
     total = statistics.mean(line["step_seconds"] for line in lines)
     steps = WINDOW * len(lines)
     seconds = {part: value / steps for part, value in watch.seconds.items()}
@@ -169,7 +173,7 @@ def run_ours(job, flags: dict, parts: bool) -> dict[str, float]:
         seconds["begin_step"] -= seconds.get("probe", 0.0)
         if flags.get("probe", "full") == "full":
             seconds["forward"] -= seconds.get("probe", 0.0)
-    return {"total": total, "peak_memory_bytes": peak, **seconds}
+    return {"total": total, **peak, **seconds}
 
 
 def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, device: torch.device) -> dict[str, float]:
@@ -184,9 +188,9 @@ def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, device:
             start = time.perf_counter()
         (batch,) = micro_batches(rows, stream.rows(step), args.per_device_train_batch_size, 0, 1, pad)
         batch = {key: tensor.to(device) for key, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
+        labels = nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)  # logits[:, :-1] would be a copy
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            logits = model(**batch, use_cache=False).logits[:, :-1]
+            logits = model(**batch, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -242,7 +246,7 @@ def arguments_of(job, flags: dict) -> Namespace:
 
 
 def measure_speed(flags: dict, arms: Sequence[str], rounds: int, say: Callable[[str], None]) -> dict[str, list[dict]]:
-    """{arm: [seconds per step and parts, one for each round]}, and "flops": of one step of plain PEFT."""
+    """{arm: [seconds per step and of its parts, one for each round]}."""
     job, results = train_ist(), {arm: [] for arm in arms}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for turn in range(rounds):
@@ -325,8 +329,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} … {max(values):.3g})"
 
 
-def speed_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """Rows of the speed table: seconds per 100 steps by part, and the ratio to the bare loop of the same round."""
+def speed_table(results: dict[str, list[dict]], tokens: int) -> list[list[str]]:
+    """Rows of the speed table: seconds per 100 steps by part, and the ratio to the bare loop of the same round.
+
+    Args:
+        tokens: of a step.
+    """
     rows = []
     bare = [result["total"] for result in results.get("bare loop", [])]
     for arm, runs in results.items():
@@ -335,7 +343,8 @@ def speed_table(results: dict[str, list[dict]]) -> list[list[str]]:
             values = [100 * run[part] for run in runs if part in run]
             cells.append(spread(values) if part == "total" else f"{statistics.median(values):.3g}" if values else "")
         ratios = [run["total"] / one for run, one in zip(runs, bare)] if bare else []
-        rows.append([arm, *cells, spread(ratios) if ratios else ""])
+        rate = f"{tokens / statistics.median(run['total'] for run in runs):.0f}"
+        rows.append([arm, *cells, rate, spread(ratios) if ratios else ""])
     return rows
 
 
@@ -461,7 +470,7 @@ SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9
 def measure_scale(flags: dict, tokenizer: Path, layers: Sequence[int], say: Callable[[str], None]) -> list[list[str]]:
     """Rows of the scale table: what a step costs, and the share of the method's own bookkeeping, as things grow.
 
-    Bookkeeping is all that is neither a forward, a backward nor the optimizer: draws, switching, digest, records.
+    Bookkeeping is what the method adds to a loop, probes apart: draws, switching, records. One run each, one process.
     """
     job, rows = train_ist(), []
 
