@@ -56,10 +56,9 @@ ROOT = Path(__file__).parent.parent
 PIECE = 1200  # characters of a row made of plain text: more than max_length, so that none ends in the middle of a text
 
 
-def _from_root(path: str) -> str:
-    """A path as runs are to see it, whose working directory is that of train_ist.py."""
-    here = Path(path).absolute()
-    return str(here.relative_to(ROOT)) if here.is_relative_to(ROOT) else str(here)
+def _for_runs(path: str) -> str:
+    """A path that means the same to runs, whose working directory is that of train_ist.py."""
+    return path if Path.cwd() == ROOT else str(Path(path).absolute())
 
 
 @dataclass
@@ -92,8 +91,8 @@ class ExperimentArguments:
         if self.readme and f"<!-- {Path(self.publish).stem} -->" not in Path(self.readme).read_text():
             raise UsageError(f"--readme {self.readme} has no place <!-- {Path(self.publish).stem} --> for the tables.")
         if Path(self.model_name_or_path).exists():  # runs have another working directory
-            self.model_name_or_path = _from_root(self.model_name_or_path)
-        self.output_dir = _from_root(self.output_dir)
+            self.model_name_or_path = _for_runs(self.model_name_or_path)
+        self.output_dir = _for_runs(self.output_dir)
 
 
 @dataclass

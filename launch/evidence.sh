@@ -18,28 +18,40 @@ for part in "$@"; do
     *) echo "error: unknown part $part: arithmetic, wikitext-2 or layers" >&2; exit 2 ;;
   esac
 done
-parts=" ${*:-arithmetic wikitext-2 layers} "
+parts=${*:-arithmetic wikitext-2 layers}
 launch/setup.sh --model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 model=models/SmolLM2-135M-Instruct
 
 experiment() { # NAME [--key value ...]
+  case $1 in
+    arithmetic) set -- "$@" --train_file "$data/math/train.json" ;;
+    wikitext-2) set -- "$@" --train_file "$data/wikitext-2/valid.txt" --test_file "$data/wikitext-2/test.txt" ;;
+  esac
   .venv/bin/python -m ist.experiment --experiment "launch/experiments/$1.yaml" --model_name_or_path $model \
-    --output_dir "runs/$1" --publish "launch/results/$1.json" --readme README.md "${@:2}"
-}
-folder() { # NAME ARM: that of the arm's first seed
-  .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arms"][sys.argv[2]]["runs"][0]["folder"])' \
-    "runs/$1/experiment.json" "$2"
+    --output_dir "runs/$1" "${@:2}"
 }
 
-if [[ $parts == *" arithmetic "* ]]; then experiment arithmetic --train_file "$data/math/train.json"; fi
-if [[ $parts == *" wikitext-2 "* ]]; then
-  experiment wikitext-2 --train_file "$data/wikitext-2/valid.txt" --test_file "$data/wikitext-2/test.txt"
-fi
-if [[ $parts == *" layers "* ]]; then
-  .venv/bin/python -m ist.analyze --model_name_or_path $model --adapter "$(folder arithmetic LoRA)/adapter" \
-    --rows_file runs/arithmetic/data/test.json --dtype bfloat16 --max_tokens 1024 --output_dir runs/layers \
-    --importance "$(folder arithmetic 'IST 8')" --lines "full fine-tuning=$(folder arithmetic 'full fine-tuning')/model"
-  cp runs/layers/analysis.json launch/results/layers.json
-  cp runs/layers/layers.png launch/results/layers.png
-fi
+folder() { # ARM: that of its first seed in the arithmetic experiment
+  .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arms"][sys.argv[2]]["runs"][0]["folder"])' \
+    runs/arithmetic/experiment.json "$1"
+}
+
+layers() {
+  .venv/bin/python -m ist.analyze --model_name_or_path $model --adapter "$(folder LoRA)/adapter" --dtype bfloat16 \
+    --rows_file runs/arithmetic/data/test.json --max_tokens 1024 --output_dir runs/layers \
+    --importance "$(folder 'IST 8')" --lines "full fine-tuning=$(folder 'full fine-tuning')/model"
+}
+
+# First everything is run, then all is published: a table in README.md makes a checkout differ from its commit.
+for part in $parts; do
+  if [ "$part" = layers ]; then layers; else experiment "$part"; fi
+done
+for part in $parts; do
+  if [ "$part" = layers ]; then
+    cp runs/layers/analysis.json launch/results/layers.json
+    cp runs/layers/layers.png launch/results/layers.png
+  else
+    experiment "$part" --publish "launch/results/$part.json" --readme README.md
+  fi
+done
