@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -434,15 +433,6 @@ def result_of(run: Path) -> dict[str, Any]:
     return result | {"trained_layers": [line["trained_layers"] for line in steps]}
 
 
-def at_time(result: dict[str, Any], seconds: float) -> float | None:
-    """The validation loss after so many seconds of training steps, between two validations on a line; None: later."""
-    points = [(step * result["step_seconds"], loss) for step, loss in result["validation"]]
-    for (start, before), (end, after) in pairwise(points):
-        if start <= seconds <= end:
-            return before + (after - before) * (seconds - start) / (end - start)
-    return points[-1][1] if math.isclose(seconds, points[-1][0]) else None
-
-
 def mean_sd(values: Sequence[float | None], digits: str, scale: float = 1) -> str:
     """Mean and standard deviation over seeds."""
     known = [scale * value for value in values if value is not None]
@@ -468,17 +458,11 @@ def tables(results: dict[str, Any]) -> str:
     final = {name: {run["seed"]: run["validation"][-1][1] for run in arm["runs"]} for name, arm in arms.items()}
     exact = {name: {r["seed"]: r["exact"] for r in arm["runs"] if "exact" in r} for name, arm in arms.items()}
     answers, text = any(exact.values()), results["text"]
-    # What the fastest arm needs for all of its steps: so far every arm can be asked for its loss.
-    longest = max(arm["runs"][0]["validation"][-1][0] for arm in arms.values())
-    whole = [arm for arm in arms.values() if arm["runs"][0]["validation"][-1][0] == longest]
-    seconds = {id(arm): statistics.median(run["step_seconds"] for run in arm["runs"]) for arm in arms.values()}
-    limit = longest * min(seconds[id(arm)] for arm in whole)
     rows = []
-    cells = [f"{base['validation']:.4f}", f"{math.exp(base['validation']):.2f}", ""]
+    cells = [f"{base['validation']:.4f}", f"{math.exp(base['validation']):.2f}"]
     rows.append(["as it is", "", "0", *cells, f"{100 * base.get('exact', 0):.1f}", "", ""])
     for name, arm in arms.items():
         runs = arm["runs"]
-        slower = [run | {"step_seconds": seconds[id(arm)]} for run in runs]
         rows.append(
             [
                 name,
@@ -486,13 +470,12 @@ def tables(results: dict[str, Any]) -> str:
                 str(runs[0]["validation"][-1][0]),
                 mean_sd(list(final[name].values()), ".4f"),
                 mean_sd([math.exp(loss) for loss in final[name].values()], ".2f"),
-                mean_sd([at_time(run, limit) for run in slower], ".4f"),
                 mean_sd(list(exact[name].values()), ".1f", 100),
-                f"{seconds[id(arm)]:.2f}",
+                f"{statistics.median(run['step_seconds'] for run in runs):.2f}",
                 f"{arm['saved_bytes'] / 1e6:.0f}",
             ]
         )
-    header = ["arm", "tuned", "steps", "validation loss", "perplexity", f"loss on its way after {limit:.0f} s"]
+    header = ["arm", "tuned", "steps", "validation loss", "perplexity"]
     header += ["exact answers, %", "seconds per step", "saved for the backward, MB"]
     unknown = {"perplexity"} if not text else set()
     unknown |= {"exact answers, %"} if not answers else set()

@@ -229,12 +229,6 @@ def test_differences_are_paired_and_their_interval_is_students():
     assert experiment.paired({1: 1.0}, {1: 0.5})["interval"] is None
 
 
-def test_the_loss_at_a_time_lies_between_validations():
-    result = {"step_seconds": 2.0, "validation": [[0, 3.0], [10, 2.0], [20, 1.0]]}
-    assert [experiment.at_time(result, s) for s in (0, 10, 20, 30, 40)] == pytest.approx([3.0, 2.5, 2.0, 1.5, 1.0])
-    assert experiment.at_time(result, 41) is None
-
-
 def test_parts_do_not_overlap_and_are_the_same_whatever_the_order(tmp_path):
     rows = arithmetic_rows(50, seed=1, held_out=False)
     seen = []
