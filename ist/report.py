@@ -679,11 +679,27 @@ def main(argv: Sequence[str]) -> int:
         "accuracy per task and arm over seeds, and in pairs the differences to all layers and to random ones.",
     )
     parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--importance", nargs="+", metavar="NAME=RUN_DIR", help="runs of several tasks, drawn side by side (Figure 4)"
+    )
     parser.add_argument("--results", nargs="+", type=Path, metavar="DIR", help="result folders to compare")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="where comparison.md and comparison.json go")
     args = parser.parse_args(argv)
-    if (args.run_dir is None) == (args.results is None):
-        parser.error("give RUN_DIR or --results DIR [DIR ...]")
+    if sum(given is not None for given in (args.run_dir, args.results, args.importance)) != 1:
+        parser.error("give RUN_DIR, or --results DIR [DIR ...], or --importance NAME=RUN_DIR [NAME=RUN_DIR ...]")
+    if args.importance:
+        if not args.output_dir:
+            parser.error("--importance needs --output_dir")
+        runs = {}
+        for item in args.importance:
+            name, _, folder = item.rpartition("=")
+            runs[name or Path(folder).name] = updates = read_lines(Path(folder) / IMPORTANCE)
+            if not updates:
+                raise UsageError(f"--importance {item}: {folder} has no importance updates to draw.")
+        require_writable(args.output_dir)
+        plot_importance_panels(args.output_dir / "importance-panels.png", runs)
+        print(args.output_dir / "importance-panels.png")
+        return 0
     if args.run_dir:
         print(draw_importance(args.run_dir))
         return 0

@@ -15,6 +15,7 @@ from cluster import until
 from conftest import ROOT, of_type, offline_records, read_lines
 from matplotlib.image import imread
 
+from ist import report
 from ist.config import UsageError
 from ist.report import compare, draw_importance, main, read_results
 
@@ -141,6 +142,28 @@ def test_the_picture_is_drawn_again_from_the_files(train, tmp_path, capsys):
     assert (imread(picture) == first).all()
     with pytest.raises(UsageError, match="holds no run"):
         draw_importance(tmp_path)
+
+
+def test_runs_of_several_tasks_are_drawn_side_by_side(tmp_path, monkeypatch):
+    drawn, save = [], report.Figure.savefig
+    monkeypatch.setattr(report.Figure, "savefig", lambda self, *a, **kw: (drawn.append(self), save(self, *a, **kw)))
+    seen = {"maths": [[0.6, 0.2], [0.7, 0.1]], "text": [[0.4, 0.9]]}
+    for name, probabilities in seen.items():
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": 10 * (i + 1), "probabilities": p}) for i, p in enumerate(probabilities)]
+        (tmp_path / name / "importance.jsonl").write_text("\n".join(lines) + "\n")
+    runs = [f"{name}={tmp_path / name}" for name in seen]
+    assert main(["--importance", *runs, "--output_dir", str(tmp_path / "out")]) == 0
+    assert imread(tmp_path / "out/importance-panels.png").shape[1] > 600
+    for axis, (name, probabilities) in zip(drawn[0].axes, seen.items()):
+        assert axis.get_title() == name
+        for i, line in enumerate(axis.lines):
+            assert list(line.get_xdata()) == [0, *(10 * (u + 1) for u in range(len(probabilities)))]
+            assert list(line.get_ydata()) == [0.5, *(p[i] for p in probabilities)]
+        assert len(axis.lines) == 2
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match="none has no importance updates to draw"):
+        main(["--importance", f"x={tmp_path / 'none'}", "--output_dir", str(tmp_path / "out")])
 
 
 def write_results(folder: Path, arm: str, seed: int, right: dict[str, list[int]], model: str = "m/llama") -> Path:
