@@ -393,8 +393,9 @@ def tune_all(runner: Runner, arms: dict[str, Arm]) -> tuple[dict[str, dict], lis
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def bytes_saved(flags: dict[str, Any], trained: Sequence[Sequence[int]], tokens: float) -> float:
-    """Mean over steps of what a forward leaves for the backward, the layers `trained` having trained; counted.
+def bytes_by_part(flags: dict[str, Any], trained: Sequence[Sequence[int]], tokens: float) -> dict[str, float]:
+    """{weights, optimizer, gradients, saved: bytes}, counted as on a GPU; `saved` is what a forward leaves for the
+    backward, its mean over steps in which the layers `trained` trained.
 
     Args:
         tokens: of a row of a micro-batch, which is counted without padding.
@@ -408,7 +409,9 @@ def bytes_saved(flags: dict[str, Any], trained: Sequence[Sequence[int]], tokens:
         last = range(n_layers - count, n_layers)
         sets = (range(n_layers), [0, *last[1:]], last)
         by_layer = SavedByLayer.solved(*map(counter.saved, sets), n_layers, count)
-    return statistics.mean(by_layer.saved(layers, n_layers) for layers in trained)
+        step = counter.step(trained[0], set().union(*trained))
+    saved = statistics.mean(by_layer.saved(layers, n_layers) for layers in trained)
+    return {"weights": step.weights, "optimizer": step.optimizer, "gradients": step.gradients, "saved": saved}
 
 
 def result_of(run: Path) -> dict[str, Any]:
@@ -472,7 +475,7 @@ def tables(results: dict[str, Any]) -> str:
                 mean_sd([math.exp(loss) for loss in final[name].values()], ".2f"),
                 mean_sd(list(exact[name].values()), ".1f", 100),
                 f"{statistics.median(run['step_seconds'] for run in runs):.2f}",
-                f"{arm['saved_bytes'] / 1e6:.0f}",
+                f"{arm['bytes']['saved'] / 1e6:.0f}",
             ]
         )
     header = ["arm", "tuned", "steps", "validation loss", "perplexity"]
@@ -552,7 +555,11 @@ def main(argv: Sequence[str]) -> int:
         entry["runs"].append(result_of(Path(flags["output_dir"])) | {"seed": seed})
     for entry in results["arms"].values():
         layers = [layers for run in entry["runs"] for layers in run.pop("trained_layers")]
-        entry["saved_bytes"] = bytes_saved(entry.pop("flags"), layers, record["train_tokens"] / record["train_rows"])
+        tokens = record["train_tokens"] / record["train_rows"]
+        entry["bytes"] = bytes_by_part(entry.pop("flags"), layers, tokens)
+        unmasked = read_run(Path(entry["runs"][0]["folder"])).get("id3")
+        if unmasked:  # whose moments are kept with their positions, 16 bytes each
+            entry["bytes"]["optimizer"] = 16 * unmasked["unmasked"]
     first = next(iter(results["arms"].values()))["runs"][0]
     results["base"] = {"validation": first["validation"][0][1]}
     if experiment.evaluate:

@@ -470,13 +470,13 @@ def plot_importance_panels(path: Path, runs: dict[str, list[dict]]) -> None:
 
 
 def plot_arms(path: Path, arms: dict[str, dict]) -> None:
-    """Validation loss of each arm over steps and over time, and the bytes its forward leaves (paper, Figure 1).
+    """Validation loss of each arm over steps and over time, and its memory by part (paper, Figure 1).
 
     Args:
-        arms: {name: {runs: [{validation: [[step, loss]], step_seconds}], saved_bytes}}; lines are means over runs,
-            bands their range.
+        arms: {name: {runs: [{validation: [[step, loss]], step_seconds}], bytes: {part: bytes}}}; lines are means over
+            runs, bands their range.
     """
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, max(4.6, 1.5 + 0.3 * len(arms))), layout="constrained")
     by_step, by_time, memory = figure.subplots(1, 3, width_ratios=[3, 3, 2.2])
     colours = list(islice(cycle(matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors), len(arms)))
     for colour, (name, arm) in zip(colours, arms.items(), strict=True):
@@ -495,10 +495,16 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
         axis.set_ylim(lowest - margin, second + margin)  # the model as it is is off the top
     by_step.legend(fontsize="small")
     names = list(arms)[::-1]
-    values = [arms[name]["saved_bytes"] / 1e6 for name in names]
-    bars = memory.barh(names, values, color=colours[::-1])
-    memory.bar_label(bars, fmt="%.0f", padding=3)
-    memory.set(xlabel="MB, mean over steps", title="Saved for the backward, counted")
+    ends = np.zeros(len(names))
+    shades = {"weights": "0.75", "optimizer": "tab:blue", "gradients": "tab:orange", "saved": "tab:red"}
+    for part, shade in shades.items():
+        sizes = np.array([arms[name]["bytes"][part] / 1e6 for name in names])
+        label = {"saved": "saved for the backward"}.get(part, part)
+        bars = memory.barh(names, sizes, left=ends, color=shade, label=label)
+        ends += sizes
+    memory.bar_label(bars, [f"{end:.0f}" for end in ends], padding=3)
+    memory.set(xlabel="MB, mean over steps", title="Memory by part, counted")
+    memory.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.35, 1.06), ncols=4)
     memory.margins(x=0.15)
     figure.savefig(path, dpi=110)
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT, reset_accelerate
 from peft import PeftModel
+from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
@@ -173,7 +174,11 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
     tokens = round(configuration["train_tokens"] / configuration["train_rows"])
     adapter = next(path for path, run in runs.items() if run["configuration"]["selection"] == "all") / "adapter"
     rows = configuration["per_device_train_batch_size"]
-    saved = {name: arm["saved_bytes"] for name, arm in result["arms"].items()}
+    saved = {name: arm["bytes"]["saved"] for name, arm in result["arms"].items()}
+    trained = sum(p.numel() for p in load_file(adapter / "adapter_model.safetensors").values())
+    assert result["arms"]["LoRA"]["bytes"]["gradients"] == 4 * trained
+    assert result["arms"]["LoRA"]["bytes"]["optimizer"] == pytest.approx(8 * trained, rel=0.02)  # and step numbers
+    assert result["arms"]["IST"]["bytes"]["gradients"] == 4 * trained / 2
     assert saved["LoRA"] == pytest.approx(saved_by_hooks(tiny, adapter, rows, tokens), rel=0.01)
     assert saved["IST"] < saved["LoRA"]
 
