@@ -235,7 +235,7 @@ def test_results_that_cannot_be_compared(tmp_path, capsys):
         with pytest.raises(SystemExit) as exit_:
             main(argv)
         assert exit_.value.code == 2
-    assert "give RUN_DIR or --results" in capsys.readouterr().err
+    assert "give RUN_DIR, or --results" in capsys.readouterr().err
 
 
 def test_reproduce_trains_scores_and_goes_on(tiny, rows, tmp_path):
