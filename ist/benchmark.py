@@ -10,9 +10,10 @@ With --measure it also runs the steps on random weights, on the GPU if there is 
     python -m ist.benchmark communication --model_name_or_path models/SmolLM2-135M-Instruct
     python -m ist.benchmark scale --model_name_or_path models/SmolLM2-135M-Instruct
 
-These train, on word problems made for it: `speed` runs arms in turn (plain PEFT in a bare loop, transformers.Trainer,
-and train_ist.py by several rules), `probe` compares cheaper probes with the full one on the same candidates,
-`communication` counts what travels between ranks, `scale` what the method's own bookkeeping costs as things grow.
+These train, on word problems made for it: `speed` runs arms in turn, step by step (plain PEFT in a bare loop,
+transformers.Trainer, and train_ist.py by several rules), `probe` compares cheaper probes with the full one on the same
+candidates, `communication` counts what travels between ranks, `scale` what the method's own bookkeeping costs as
+things grow.
 """
 
 import argparse
@@ -269,12 +270,13 @@ def say(line: str) -> None:
 
 def speed(options: Namespace, command: str) -> None:
     with training_flags(options) as flags:
-        results = timing.measure_speed(flags, options.arms, options.rounds, say)
+        together = options.together or (1 if torch.cuda.is_available() else 0)
+        results = timing.measure_speed(flags, options.arms, options.rounds, together, say)
         flops = timing.count_flops(flags)
     dtype = torch.bfloat16 if options.bf16 or options.dtype == "bfloat16" else torch.float32
     rate = timing.matmul_rate(dtype)
     header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range)"]
-    header += ["tokens/s", "/ bare loop (range)"]
+    header += ["tokens/s", "/ bare loop (95 % interval)"]
     floor = {key: 100 * flops[key] / rate for key in ("forward", "backward")}
     rows = timing.speed_table(results, flops["tokens"])
     rows.append(["floor of `all`: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor])
@@ -327,6 +329,10 @@ def rank(options: Namespace, command: str) -> None:
     timing.communicate(json.loads(options.flags))
 
 
+def arm(options: Namespace, command: str) -> None:
+    timing.run_arm(options.name, json.loads(options.flags), options.stride, options.parts)
+
+
 def finish(options: Namespace, command: str, table: str, **result: Any) -> None:
     """Print a subcommand's table; write JSON to --output, and the table into --readme."""
     print(table)
@@ -365,7 +371,9 @@ def main(argv: Sequence[str]) -> int:
         sub.set_defaults(run=function)
         if function is speed:
             sub.add_argument("--arms", nargs="+", choices=timing.ARMS, default=list(timing.ARMS), metavar="ARM")
-            sub.add_argument("--rounds", type=int, default=3, help="turns of every arm")
+            sub.add_argument("--rounds", type=int, default=3, help="runs of every arm, each with another seed")
+            text = "arms in memory at a time, a bare loop apart; default: all on a CPU, 1 on a GPU"
+            sub.add_argument("--together", type=int, default=0, metavar="ARMS", help=text)
         if function is communication:
             sub.add_argument("--ranks", type=int, default=2)
         if function is scale:
@@ -374,6 +382,12 @@ def main(argv: Sequence[str]) -> int:
     sub = subcommands.add_parser("rank", help=argparse.SUPPRESS)  # one rank of what `communication` launches
     sub.add_argument("--flags")
     sub.set_defaults(run=rank, output=None, readme=None)
+    sub = subcommands.add_parser("arm", help=argparse.SUPPRESS)  # one arm of what `speed` starts
+    sub.add_argument("--name")
+    sub.add_argument("--flags")
+    sub.add_argument("--stride", type=int)
+    sub.add_argument("--parts", action="store_true")
+    sub.set_defaults(run=arm, output=None, readme=None)
     options = parser.parse_args(argv)
     if options.readme and not options.output:
         parser.error("--readme needs --output, whose name is that of the markers")

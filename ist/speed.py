@@ -1,7 +1,8 @@
 """How long the steps of different arms take, side by side: what `python -m ist.benchmark speed` and `scale` measure.
 
-An arm is a run of train_ist.py itself, of a bare loop, or of transformers.Trainer, over the same rows. Arms take turns,
-A B C A B C, each time with another seed, so that draws and whatever else the machine does fall on all of them alike.
+An arm is a run of train_ist.py itself, of a bare loop, or of transformers.Trainer, over the same rows, in a process of
+its own. Arms take turns step by step, A B C A B C, so that what else the machine does falls on all of them alike; then
+again with another seed, so that draws do.
 """
 
 import contextlib
@@ -117,18 +118,92 @@ class Stopwatch:
         originals = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
         for owner, name, part in targets:
             setattr(owner, name, self.timed(part, getattr(owner, name)))
-        begin_step = SparseTuner.begin_step
 
-        def begin(tuner: SparseTuner, step: int) -> dict | None:
+        def count_after_the_first_window(step: int) -> None:
             self.on = step >= WINDOW
-            return begin_step(tuner, step)
 
-        SparseTuner.begin_step = begin
         try:
-            yield
+            with before_each_step(count_after_the_first_window):
+                yield
         finally:
             for owner, name, original in originals:
                 setattr(owner, name, original)
+
+
+class Turns:
+    """Inside an arm's process: before a step, wait until the others have done theirs, and say when it is done.
+
+    Args:
+        stride: steps that a turn has. On a GPU a window, as to wait for the device at each step would hold it up.
+    """
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever else is printed must not get between
+
+    def wait(self, step: int) -> None:
+        if step % self.stride == 0:
+            synchronize()
+            print("ready", file=self.out, flush=True)
+            if not sys.stdin.readline():
+                raise SystemExit("the benchmark is gone")
+
+    def finish(self, result: dict[str, float]) -> None:
+        print(json.dumps(result), file=self.out, flush=True)
+
+
+class ArmProcess:
+    """An arm as seen from the benchmark: a process that does `stride` steps at each `go`."""
+
+    def __init__(self, arm: str, flags: dict[str, Any], stride: int, parts: bool) -> None:
+        asked = {key: str(value) for key, value in flags.items()}
+        command = [sys.executable, "-m", "ist.benchmark", "arm", "--name", arm, "--flags", json.dumps(asked)]
+        command += ["--stride", str(stride), *["--parts"] * parts]
+        self.arm = arm
+        path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}, text=True, **pipes
+        )
+        self._read()  # loaded, and about to begin
+
+    def _read(self) -> str:
+        if not (line := self.process.stdout.readline()):
+            raise RuntimeError(f"the arm {self.arm} ended with {self.process.wait()}; why is above")
+        return line
+
+    def go(self) -> float:
+        """Do one turn; its seconds."""
+        start = time.perf_counter()
+        print(file=self.process.stdin, flush=True)
+        self._read()
+        return time.perf_counter() - start
+
+    def finish(self) -> dict[str, float]:
+        """Seconds per step of the parts that the arm tells apart, and its peak memory on a GPU."""
+        print(file=self.process.stdin, flush=True)
+        return json.loads(self._read())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def before_each_step(function: Callable[[int], None]) -> Iterator[None]:
+    """Call `function(step)` before train_ist.py begins a step."""
+    begin_step = SparseTuner.begin_step
+
+    def begin(tuner: SparseTuner, step: int) -> dict | None:
+        function(step)
+        return begin_step(tuner, step)
+
+    SparseTuner.begin_step = begin
+    try:
+        yield
+    finally:
+        SparseTuner.begin_step = begin_step
 
 
 def _reset() -> None:
@@ -147,26 +222,27 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def run_ours(job, flags: dict, parts: bool) -> dict[str, float]:
-    """Seconds per step of train_ist.py, of the windows after the first: `total`, and with `parts` of each part."""
+def run_ours(job, flags: dict, parts: bool, turns: Turns | None = None) -> dict[str, float]:
+    """Seconds per step of train_ist.py after the first window: `total`, turns apart, and with `parts` of each part."""
     _reset()
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         values = flags | {"output_dir": f"{folder}/run", "logging_steps": WINDOW, "report_to": "none"}
         metrics = Path(folder) / "run/metrics.jsonl"
-        if not parts:
-            with _silent():
-                code = job.main(as_argv(values))
-        else:
-            with watch.inside(job), _silent():
-                code = job.main(as_argv(values))
+        with contextlib.ExitStack() as stack:
+            if parts:
+                stack.enter_context(watch.inside(job))
+            if turns:
+                stack.enter_context(before_each_step(turns.wait))
+            stack.enter_context(_silent())
+            code = job.main(as_argv(values))
         if code:
             raise RuntimeError(f"train_ist.py ended with {code} in arm {flags}")
         lines = [line for line in read_lines(metrics) if "loss" in line][1:]
         # On a CPU a process's peak is that of all arms before.
         peak = {"peak_memory_bytes": lines[-1]["peak_memory_bytes"]} if torch.cuda.is_available() else {}
     total = statistics.mean(line["step_seconds"] for line in lines)
-    steps = WINDOW * len(lines)
+    steps = int(flags["max_steps"]) - WINDOW
     seconds = {part: value / steps for part, value in watch.seconds.items()}
     # The probe's forwards go through the same loss function, and begin_step holds the probe.
     if parts:
@@ -176,16 +252,14 @@ def run_ours(job, flags: dict, parts: bool) -> dict[str, float]:
     return {"total": total, **peak, **seconds}
 
 
-def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, device: torch.device) -> dict[str, float]:
+def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Turns) -> None:
     """Plain PEFT as one would write it down: forward, backward, clip, AdamW."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0)
     stream = GlobalBatches(len(rows), args.per_device_train_batch_size, args.seed)
-    seconds: dict[str, float] = defaultdict(float)
+    device = model.device
     for step in range(args.max_steps):
-        if step == WINDOW:
-            synchronize()
-            start = time.perf_counter()
+        turns.wait(step)
         (batch,) = micro_batches(rows, stream.rows(step), args.per_device_train_batch_size, 0, 1, pad)
         batch = {key: tensor.to(device) for key, tensor in batch.items()}
         labels = nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)  # logits[:, :-1] would be a copy
@@ -196,25 +270,14 @@ def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, device:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    synchronize()
-    seconds["total"] = (time.perf_counter() - start) / (args.max_steps - WINDOW)
-    return dict(seconds)
 
 
-class _Clock(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == WINDOW:
-            synchronize()
-            self.start = time.perf_counter()
+def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Turns) -> None:
+    class TakeTurns(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            turns.wait(state.global_step)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        synchronize()
-        self.seconds = (time.perf_counter() - self.start) / (state.global_step - WINDOW)
-
-
-def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, device: torch.device) -> dict[str, float]:
     _reset()
-    clock = _Clock()
     with tempfile.TemporaryDirectory() as folder, _silent():
         training = TrainingArguments(
             output_dir=folder,
@@ -228,14 +291,13 @@ def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, devi
             logging_steps=WINDOW,
             remove_unused_columns=False,
             disable_tqdm=True,
-            use_cpu=device.type == "cpu",
+            use_cpu=model.device.type == "cpu",
         )
 
         def pad_rows(batch: list[dict]) -> dict[str, torch.Tensor]:
             return collate([row["input_ids"] for row in batch], [row["labels"] for row in batch], pad)
 
-        Trainer(model=model, args=training, train_dataset=rows, data_collator=pad_rows, callbacks=[clock]).train()
-    return {"total": clock.seconds}
+        Trainer(model=model, args=training, train_dataset=rows, data_collator=pad_rows, callbacks=[TakeTurns()]).train()
 
 
 def arguments_of(job, flags: dict) -> Namespace:
@@ -245,30 +307,71 @@ def arguments_of(job, flags: dict) -> Namespace:
     return Namespace(**{key: value for group in groups for key, value in vars(group).items()})
 
 
-def measure_speed(flags: dict, arms: Sequence[str], rounds: int, say: Callable[[str], None]) -> dict[str, list[dict]]:
-    """{arm: [seconds per step and of its parts, one for each round]}."""
-    job, results = train_ist(), {arm: [] for arm in arms}
+def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
+    """Inside an arm's process: all its steps, in turn with the others."""
+    turns, job = Turns(stride), train_ist()
+    settings = flags | ARMS[arm]
+    if arm not in ("bare loop", "transformers.Trainer"):
+        turns.finish(run_ours(job, settings, parts, turns))
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for turn in range(rounds):
+    args = arguments_of(job, settings)
+    with _silent():
+        Accelerator()
+        plan_layers(args, sharded=False)
+        data = prepare_data(args)
+        model = load_model(args, make_peft_config(args), device).to(device)
+    run = run_bare if arm == "bare loop" else run_trainer
+    run(args, model, data.rows, data.pad_token_id, turns)
+    turns.finish({"peak_memory_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
+
+
+def take_turns(arms: Sequence[str], flags: dict, parts: bool) -> dict[str, dict[str, Any]]:
+    """{arm: {total: seconds per step after the first window, turns: those of each turn, and what it told itself}}."""
+    steps = int(flags["max_steps"])
+    stride = WINDOW if torch.cuda.is_available() else 1
+    flags = flags | {"max_steps": steps + 1}  # the last is not counted: after it, a run saves
+    with contextlib.ExitStack() as stack:
+        processes = {}
         for arm in arms:
-            settings = flags | ARMS[arm] | {"seed": turn}
-            if arm in ("bare loop", "transformers.Trainer"):
-                args = arguments_of(job, settings)
-                _reset()
-                with _silent():
-                    Accelerator()
-                    plan_layers(args, sharded=False)
-                    data = prepare_data(args)
-                    model = load_model(args, make_peft_config(args), device).to(device)
-                run = run_bare if arm == "bare loop" else run_trainer
-                result = run(args, model, data.rows, data.pad_token_id, device)
-                del model
-            else:
-                result = run_ours(job, settings, parts=True)
-                if device.type == "cuda":  # which telling the parts apart holds up
-                    result |= run_ours(job, settings, parts=False)
-            results[arm].append(result)
-            say(f"round {turn + 1}/{rounds}  {arm}: {100 * result['total']:.1f} s per 100 steps")
+            processes[arm] = ArmProcess(arm, flags, stride, parts)
+            stack.callback(processes[arm].close)
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        for _ in range(0, steps, stride):
+            for arm, process in processes.items():
+                seconds[arm].append(process.go())
+        counted = {arm: values[WINDOW // stride :] for arm, values in seconds.items()}
+        return {
+            arm: process.finish()
+            | {"total": sum(counted[arm]) / (steps - WINDOW), "turns": [round(one, 4) for one in counted[arm]]}
+            for arm, process in processes.items()
+        }
+
+
+def measure_speed(
+    flags: dict, arms: Sequence[str], rounds: int, together: int, say: Callable[[str], None]
+) -> dict[str, list[dict]]:
+    """{arm: [seconds per step and of its parts, one for each round]}; `bare` is the seconds of the bare loop beside it.
+
+    Args:
+        together: arms in memory at a time, the bare loop apart, which is beside each such group; 0 is all.
+    """
+    bare = [arm for arm in arms if arm == "bare loop"]
+    others = [arm for arm in arms if arm not in bare]
+    together = together or max(1, len(others))
+    groups = [[*bare, *others[i : i + together]] for i in range(0, len(others), together)] or [bare]
+    results: dict[str, list[dict]] = {arm: [] for arm in arms}
+    for turn in range(rounds):
+        for group in groups:
+            settings = flags | {"seed": turn}
+            measured = take_turns(group, settings, parts=not torch.cuda.is_available())
+            if torch.cuda.is_available():  # which telling the parts apart holds up
+                for arm, parts in take_turns(group, settings, parts=True).items():
+                    measured[arm] = parts | measured[arm]
+            for arm, result in measured.items():
+                result |= {"bare": measured["bare loop"]["turns"]} if bare else {}
+                results[arm].append(result)
+                say(f"round {turn + 1}/{rounds}  {arm}: {100 * result['total']:.1f} s per 100 steps")
     return results
 
 
@@ -329,22 +432,33 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} … {max(values):.3g})"
 
 
+def ratio_of(runs: Sequence[dict], draws: int = 2000) -> tuple[float, list[float]]:
+    """(seconds of an arm / those of the bare loop beside it, its 95 % interval by bootstrap of the turns)."""
+    pairs = np.array([pair for run in runs for pair in zip(run["turns"], run["bare"], strict=True)])
+    picks = np.random.default_rng(0).integers(len(pairs), size=(draws, len(pairs)))
+    sums = pairs[picks].sum(1)
+    own, bare = pairs.sum(0)
+    return float(own / bare), np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist()
+
+
 def speed_table(results: dict[str, list[dict]], tokens: int) -> list[list[str]]:
-    """Rows of the speed table: seconds per 100 steps by part, and the ratio to the bare loop of the same round.
+    """Rows of the speed table: seconds per 100 steps by part, and the ratio to the bare loop beside it.
 
     Args:
         tokens: of a step.
     """
     rows = []
-    bare = [result["total"] for result in results.get("bare loop", [])]
     for arm, runs in results.items():
         cells = []
         for part in ("forward", "backward", "optimizer", "probe", "begin_step", "total"):
             values = [100 * run[part] for run in runs if part in run]
             cells.append(spread(values) if part == "total" else f"{statistics.median(values):.3g}" if values else "")
-        ratios = [run["total"] / one for run, one in zip(runs, bare)] if bare else []
+        ratio = ""
+        if "bare" in runs[0]:
+            ratio, (low, high) = ratio_of(runs)
+            ratio = f"{ratio:.3f}" + (f" ({low:.3f} … {high:.3f})" if arm != "bare loop" else "")
         rate = f"{tokens / statistics.median(run['total'] for run in runs):.0f}"
-        rows.append([arm, *cells, rate, spread(ratios) if ratios else ""])
+        rows.append([arm, *cells, rate, ratio])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas
 import pytest
 
@@ -27,6 +28,11 @@ def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
         assert 0.3 * one["total"] < parts < 3 * one["total"]  # another run of the same steps, on a shared machine
         assert one["begin_step"] < one["forward"]
     assert "probe" not in result["results"]["last"][0]
+    for runs in result["results"].values():
+        for one, bare in zip(runs, result["results"]["bare loop"], strict=True):
+            assert len(one["turns"]) == 10  # 20 steps, of which the first window is not counted
+            assert sum(one["turns"]) / 10 == pytest.approx(one["total"], abs=1e-4)
+            assert one["bare"] == bare["turns"]
     # 2 x 24 tokens: 2 FLOPs for each weight of a linear layer, of the head, and of the adapters (45,056); attention on
     # a CPU is not counted.
     weights = 4 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64) + 32 * 400
@@ -36,6 +42,42 @@ def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
     assert "| ist |" in out
     order = [line.split("  ")[1].split(":")[0] for line in err.splitlines() if line.startswith("round")]
     assert order == ["bare loop", "ist", "last"] * 2
+
+
+def test_an_arm_that_fails_is_named(tiny, tmp_path):
+    with pytest.raises(RuntimeError, match="the arm ist ended with 2"):
+        speed.take_turns(
+            ["ist"], {"model_name_or_path": tiny, "train_file": tmp_path / "no.json", "max_steps": 20}, True
+        )
+
+
+def test_arms_take_turns_with_the_bare_loop_beside_each_group(monkeypatch):
+    asked = []
+
+    def take_turns(arms, flags, parts):
+        asked.append((arms, flags["seed"]))
+        return {arm: {"total": 1.0, "turns": [len(asked) / 10]} for arm in arms}
+
+    monkeypatch.setattr(speed, "take_turns", take_turns)
+    result = speed.measure_speed({}, ["all", "bare loop", "ist", "last"], 2, 2, lambda line: None)
+    groups = [["bare loop", "all", "ist"], ["bare loop", "last"]]
+    assert asked == [(group, seed) for seed in (0, 1) for group in groups]
+    assert [one["bare"] for one in result["last"]] == [[0.2], [0.4]]
+    assert len(result["bare loop"]) == 4
+
+
+def test_the_interval_of_a_ratio_holds_it():
+    """Pairs that share what disturbs them: the ratio is known far better than either time."""
+    generator = np.random.default_rng(1)
+    within = []
+    for _ in range(200):
+        disturbed = generator.uniform(1, 3, size=60)
+        own = 0.9 * disturbed * generator.normal(1, 0.05, size=60)
+        ratio, (low, high) = speed.ratio_of([{"turns": own, "bare": disturbed}])
+        assert ratio == pytest.approx(own.sum() / disturbed.sum())
+        assert high - low < 0.04
+        within.append(low < 0.9 < high)
+    assert 0.88 < np.mean(within) < 0.99
 
 
 def test_rank_correlation_is_spearmans():
