@@ -18,9 +18,9 @@ def run(tiny, tmp_path, what, *options):
 
 
 def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
-    result = run(tiny, tmp_path, "speed", "--rounds", "2", "--arms", "bare loop", "ist", "last")
+    result = run(tiny, tmp_path, "speed", "--rounds", "1", "--arms", "bare loop", "ist", "last")
     assert list(result["results"]) == ["bare loop", "ist", "last"]
-    assert all(len(runs) == 2 and all(one["total"] > 0 for one in runs) for runs in result["results"].values())
+    assert all(len(runs) == 1 and all(one["total"] > 0 for one in runs) for runs in result["results"].values())
     assert result["commit"]
     assert result["command"].startswith("python -m ist.benchmark speed")
     for one in result["results"]["ist"]:
@@ -41,7 +41,7 @@ def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "| ist |" in out
     order = [line.split("  ")[1].split(":")[0] for line in err.splitlines() if line.startswith("round")]
-    assert order == ["bare loop", "ist", "last"] * 2
+    assert order == ["bare loop", "ist", "last"]
 
 
 def test_an_arm_that_fails_is_named(tiny, tmp_path):
