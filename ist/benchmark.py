@@ -275,7 +275,7 @@ def speed(options: Namespace, command: str) -> None:
         flops = timing.count_flops(flags)
     dtype = torch.bfloat16 if options.bf16 or options.dtype == "bfloat16" else torch.float32
     rate = timing.matmul_rate(dtype)
-    header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range)"]
+    header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range of windows)"]
     header += ["tokens/s", "/ bare loop (95 % interval)"]
     floor = {key: 100 * flops[key] / rate for key in ("forward", "backward")}
     rows = timing.speed_table(results, flops["tokens"])

@@ -99,7 +99,7 @@ class Arm:
     """One answer: the keys of train_ist.py that make it; what of them is tuned, or which arm's values it takes over.
 
     Attributes:
-        tune: {key: values}; the first key by itself, the next at the best value of the first.
+        tune: {key: numbers}, of which `tune` tries some; the first key by itself, the next at the best of the first.
         tuned_as: the arm whose tuned values it takes.
         top_of: the arm whose tuning run names the layers of highest importance, which this one trains.
     """
@@ -173,9 +173,13 @@ def _check(path: str, values: dict, arms: dict[str, Arm], experiment: Experiment
                 raise UsageError(
                     f"{path}: {arm.name} cannot be {key} {other.name}, which takes from another arm itself."
                 )
-        for key, value in [*arm.settings.items(), *((key, v) for key, many in arm.tune.items() for v in many)]:
+        lists = {key: many if isinstance(many, list) else [many] for key, many in arm.tune.items()}
+        for key, value in [*arm.settings.items(), *((name, value) for name in lists for value in lists[name])]:
             if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
                 raise UsageError(f"{path}: {key} {value} is text in YAML: write {value.replace('e', '.0e')}.")
+        for key, many in arm.tune.items():
+            if not isinstance(many, list) or not many or not all(type(value) in (int, float) for value in many):
+                raise UsageError(f"{path}: {arm.name} can tune {key} over a list of numbers only; got {many}.")
     whole = isinstance(experiment.seeds, list) and all(isinstance(seed, int) for seed in experiment.seeds)
     if not whole or not experiment.seeds or experiment.tuning_seed in experiment.seeds:
         raise UsageError(f"{path}: seeds must be a list of numbers without that of tuning; got {experiment.seeds}.")
@@ -353,27 +357,48 @@ class Runner:
             raise UsageError(f"a run ended with exit code {done.returncode}; {log} ends: {last}")
 
 
+def middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def next_value(values: Sequence[float], tried: dict[float, float]) -> float | None:
+    """What to try next: from the middle up while that lowers the loss, else down; None once both sides are worse.
+
+    Args:
+        tried: {value: loss}.
+    """
+    order = sorted(values)
+    if not tried:
+        return middle(values)
+    best = order.index(min(tried, key=tried.get))
+    sides = [order[i] for i in (best + 1, best - 1) if 0 <= i < len(order)]
+    return next((value for value in sides if value not in tried), None)
+
+
 def tune(runner: Runner, arms: Sequence[Arm], say: str) -> tuple[dict[str, dict], list[dict]]:
-    """({arm: its tuned values}, every trial): key by key, the others at the best so far or the first of their list."""
-    best = {arm.name: {key: values[0] for key, values in arm.tune.items()} for arm in arms}
+    """({arm: its tuned values}, every trial): key by key, the others at the best so far or the middle of their list."""
+    best = {arm.name: {key: middle(values) for key, values in arm.tune.items()} for arm in arms}
     trials: list[dict] = []
     for turn in range(max((len(arm.tune) for arm in arms), default=0)):
         keys = {arm.name: list(arm.tune)[turn] for arm in arms if len(arm.tune) > turn}
-        todo = [
-            (arm, best[arm.name] | {keys[arm.name]: value})
-            for arm in arms
-            if arm.name in keys
-            for value in arm.tune[keys[arm.name]]
-        ]
-        runs = runner.run_all([runner.flags(*trial, runner.experiment.tuning_seed) for trial in todo], say)
-        tried = [
-            {"arm": arm.name, "key": keys[arm.name], "values": values, "loss": run["final_validation_loss"]}
-            for (arm, values), run in zip(todo, runs, strict=True)
-        ]
-        for name in keys:
-            best[name] = min((one for one in tried if one["arm"] == name), key=lambda one: one["loss"])["values"]
-        trials += tried
-    return best, trials
+        tried: dict[str, dict[float, float]] = {name: {} for name in keys}
+        while True:
+            todo = []
+            for arm in (arm for arm in arms if arm.name in keys):
+                key = keys[arm.name]
+                if (value := next_value(arm.tune[key], tried[arm.name])) is not None:
+                    todo.append((arm, key, best[arm.name] | {key: value}))
+            if not todo:
+                break
+            flags = [runner.flags(arm, values, runner.experiment.tuning_seed) for arm, _, values in todo]
+            for (arm, key, values), run in zip(todo, runner.run_all(flags, say), strict=True):
+                loss = run["final_validation_loss"]
+                tried[arm.name][values[key]] = loss
+                trials.append({"arm": arm.name, "key": key, "values": values, "loss": loss})
+        for name, losses in tried.items():
+            best[name] = best[name] | {keys[name]: min(losses, key=losses.get)}
+    order = [arm.name for arm in arms]
+    return best, sorted(trials, key=lambda one: (order.index(one["arm"]), list(one["values"]).index(one["key"])))
 
 
 def tune_all(runner: Runner, arms: dict[str, Arm]) -> tuple[dict[str, dict], list[dict]]:
@@ -530,7 +555,7 @@ def main(argv: Sequence[str]) -> int:
     runner = Runner(args, experiment, files)
     arms = experiment.arms
     for arm in arms.values():  # what any of them would be refused for, before the first is run
-        first = {key: values[0] for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
+        first = {key: middle(values) for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
         try:
             plan_layers(arguments_of(train_ist(), runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
         except UsageError as error:

@@ -698,7 +698,7 @@ def main(argv: Sequence[str]) -> int:
             parser.error("--importance needs --output_dir")
         runs = {}
         for item in args.importance:
-            name, _, folder = item.rpartition("=")
+            name, _, folder = ("", "", item) if Path(item).is_dir() else item.partition("=")
             runs[name or Path(folder).name] = updates = read_lines(Path(folder) / IMPORTANCE)
             if not updates:
                 raise UsageError(f"--importance {item}: {folder} has no importance updates to draw.")

@@ -84,7 +84,9 @@ def synchronize() -> None:
 class Stopwatch:
     """Seconds in each part of a training step, from inside train_ist.py; each part waits for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: range) -> None:
+        """Args: steps: those that count."""
+        self.steps = steps
         self.seconds: dict[str, float] = defaultdict(float)
         self.on = False
 
@@ -119,11 +121,11 @@ class Stopwatch:
         for owner, name, part in targets:
             setattr(owner, name, self.timed(part, getattr(owner, name)))
 
-        def count_after_the_first_window(step: int) -> None:
-            self.on = step >= WINDOW
+        def switch(step: int) -> None:
+            self.on = step in self.steps
 
         try:
-            with before_each_step(count_after_the_first_window):
+            with before_each_step(switch):
                 yield
         finally:
             for owner, name, original in originals:
@@ -225,7 +227,8 @@ def _silent() -> Iterator[None]:
 def run_ours(job, flags: dict, parts: bool, turns: Turns | None = None) -> dict[str, float]:
     """Seconds per step of train_ist.py after the first window: `total`, turns apart, and with `parts` of each part."""
     _reset()
-    watch = Stopwatch()
+    steps = int(flags["max_steps"])
+    watch = Stopwatch(range(WINDOW, steps - 1 if turns else steps))  # the last is no turn: after it, a run saves
     with tempfile.TemporaryDirectory() as folder:
         values = flags | {"output_dir": f"{folder}/run", "logging_steps": WINDOW, "report_to": "none"}
         metrics = Path(folder) / "run/metrics.jsonl"
@@ -242,8 +245,7 @@ def run_ours(job, flags: dict, parts: bool, turns: Turns | None = None) -> dict[
         # On a CPU a process's peak is that of all arms before.
         peak = {"peak_memory_bytes": lines[-1]["peak_memory_bytes"]} if torch.cuda.is_available() else {}
     total = statistics.mean(line["step_seconds"] for line in lines)
-    steps = int(flags["max_steps"]) - WINDOW
-    seconds = {part: value / steps for part, value in watch.seconds.items()}
+    seconds = {part: value / len(watch.steps) for part, value in watch.seconds.items()}
     # The probe's forwards go through the same loss function, and begin_step holds the probe.
     if parts:
         seconds["begin_step"] -= seconds.get("probe", 0.0)
@@ -326,8 +328,8 @@ def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
     turns.finish({"peak_memory_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
 
 
-def take_turns(arms: Sequence[str], flags: dict, parts: bool) -> dict[str, dict[str, Any]]:
-    """{arm: {total: seconds per step after the first window, turns: those of each turn, and what it told itself}}."""
+def take_turns(arms: Sequence[str], flags: dict, parts: bool, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """{arm: {total: seconds per step after the first window, turns: those of each turn of `stride` steps, parts}}."""
     steps = int(flags["max_steps"])
     stride = WINDOW if torch.cuda.is_available() else 1
     flags = flags | {"max_steps": steps + 1}  # the last is not counted: after it, a run saves
@@ -337,13 +339,15 @@ def take_turns(arms: Sequence[str], flags: dict, parts: bool) -> dict[str, dict[
             processes[arm] = ArmProcess(arm, flags, stride, parts)
             stack.callback(processes[arm].close)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-        for _ in range(0, steps, stride):
+        for step in range(0, steps, stride):
+            if step % WINDOW == 0:
+                say(f"step {step}/{steps} of {len(arms)} arms")
             for arm, process in processes.items():
                 seconds[arm].append(process.go())
         counted = {arm: values[WINDOW // stride :] for arm, values in seconds.items()}
         return {
             arm: process.finish()
-            | {"total": sum(counted[arm]) / (steps - WINDOW), "turns": [round(one, 4) for one in counted[arm]]}
+            | {"total": sum(counted[arm]) / (steps - WINDOW), "turns": counted[arm], "stride": stride}
             for arm, process in processes.items()
         }
 
@@ -364,9 +368,9 @@ def measure_speed(
     for turn in range(rounds):
         for group in groups:
             settings = flags | {"seed": turn}
-            measured = take_turns(group, settings, parts=not torch.cuda.is_available())
+            measured = take_turns(group, settings, not torch.cuda.is_available(), say)
             if torch.cuda.is_available():  # which telling the parts apart holds up
-                for arm, parts in take_turns(group, settings, parts=True).items():
+                for arm, parts in take_turns(group, settings, True, say).items():
                     measured[arm] = parts | measured[arm]
             for arm, result in measured.items():
                 result |= {"bare": measured["bare loop"]["turns"]} if bare else {}
@@ -433,12 +437,25 @@ def spread(values: Sequence[float]) -> str:
 
 
 def ratio_of(runs: Sequence[dict], draws: int = 2000) -> tuple[float, list[float]]:
-    """(seconds of an arm / those of the bare loop beside it, its 95 % interval by bootstrap of the turns)."""
-    pairs = np.array([pair for run in runs for pair in zip(run["turns"], run["bare"], strict=True)])
-    picks = np.random.default_rng(0).integers(len(pairs), size=(draws, len(pairs)))
-    sums = pairs[picks].sum(1)
-    own, bare = pairs.sum(0)
+    """(seconds of an arm / those of the bare loop beside it, its 95 % interval by bootstrap of the turns).
+
+    Turns at the first step of a window, when importance is updated, are drawn for one another only.
+    """
+    generator, sums = np.random.default_rng(0), np.zeros((draws, 2))
+    first, other = [], []
+    for run in runs:
+        for i, pair in enumerate(zip(run["turns"], run["bare"], strict=True)):
+            (other if i * run["stride"] % WINDOW else first).append(pair)
+    for pairs in (np.array(kind) for kind in (first, other) if kind):
+        sums += pairs[generator.integers(len(pairs), size=(draws, len(pairs)))].sum(1)
+    own, bare = np.array(first + other).sum(0)
     return float(own / bare), np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist()
+
+
+def window_means(run: dict) -> list[float]:
+    """Seconds per step of each window."""
+    turns = WINDOW // run["stride"]
+    return [sum(run["turns"][i : i + turns]) / WINDOW for i in range(0, len(run["turns"]), turns)]
 
 
 def speed_table(results: dict[str, list[dict]], tokens: int) -> list[list[str]]:
@@ -452,7 +469,8 @@ def speed_table(results: dict[str, list[dict]], tokens: int) -> list[list[str]]:
         cells = []
         for part in ("forward", "backward", "optimizer", "probe", "begin_step", "total"):
             values = [100 * run[part] for run in runs if part in run]
-            cells.append(spread(values) if part == "total" else f"{statistics.median(values):.3g}" if values else "")
+            cells.append(f"{statistics.median(values):.3g}" if values else "")
+        cells[-1] = spread([100 * mean for run in runs for mean in window_means(run)])
         ratio = ""
         if "bare" in runs[0]:
             ratio, (low, high) = ratio_of(runs)

@@ -32,15 +32,25 @@ experiment() { # NAME [--key value ...]
     --output_dir "runs/$1" "${@:2}"
 }
 
-folder() { # ARM: that of its first seed in the arithmetic experiment
+folder() { # EXPERIMENT ARM: that of the arm's first seed
   .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arms"][sys.argv[2]]["runs"][0]["folder"])' \
-    runs/arithmetic/experiment.json "$1"
+    "runs/$1/experiment.json" "$2"
 }
 
-layers() {
-  .venv/bin/python -m ist.analyze --model_name_or_path $model --adapter "$(folder LoRA)/adapter" --dtype bfloat16 \
-    --rows_file runs/arithmetic/data/test.json --max_tokens 1024 --output_dir runs/layers \
-    --importance "$(folder 'IST 8')" --lines "full fine-tuning=$(folder 'full fine-tuning')/model"
+layers() { # of both experiments, which must have been run
+  local ranks name
+  ranks=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+  if [ "$ranks" = 0 ]; then export ACCELERATE_USE_CPU=true; ranks=$(nproc); fi
+  for name in arithmetic wikitext-2; do
+    case $name in
+      arithmetic) text=(--rows_file runs/arithmetic/data/test.json) ;;
+      wikitext-2) text=(--text_file "$data/wikitext-2/test.txt" --max_length 256) ;;
+    esac
+    .venv/bin/accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes "$ranks" \
+      -m ist.analyze --model_name_or_path $model --adapter "$(folder $name LoRA)/adapter" --dtype bfloat16 \
+      "${text[@]}" --max_tokens 1024 --output_dir "runs/layers/$name" --importance "$(folder $name 'IST 8')" \
+      --lines "full fine-tuning=$(folder $name 'full fine-tuning')/model"
+  done
 }
 
 # First everything is run, then all is published: a table in README.md makes a checkout differ from its commit.
@@ -49,8 +59,13 @@ for part in $parts; do
 done
 for part in $parts; do
   if [ "$part" = layers ]; then
-    cp runs/layers/analysis.json launch/results/layers.json
-    cp runs/layers/layers.png launch/results/layers.png
+    # Figure 4: the scores of both tasks side by side.
+    .venv/bin/python -m ist.report --importance "arithmetic=$(folder arithmetic 'IST 8')" \
+      "wikitext-2=$(folder wikitext-2 'IST 8')" --output_dir launch/results
+    for name in arithmetic wikitext-2; do
+      cp "runs/layers/$name/analysis.json" "launch/results/layers-$name.json"
+      cp "runs/layers/$name/layers.png" "launch/results/layers-$name.png"
+    done
   else
     experiment "$part" --publish "launch/results/$part.json" --readme README.md
   fi

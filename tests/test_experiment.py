@@ -130,8 +130,8 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
     # Tuning: the learning rate, then mu at the best one, on the tuning rows and seed; the lowest loss is taken.
     trials = result["trials"]
     assert [(t["arm"], t["key"], t["values"][t["key"]]) for t in trials] == [
-        *(("LoRA", "learning_rate", 2e-2), ("IST", "learning_rate", 1e-3), ("IST", "learning_rate", 2e-2)),
-        *(("IST", "score_lr", 10), ("IST", "score_lr", 100)),
+        *(("LoRA", "learning_rate", 2e-2), ("IST", "learning_rate", 2e-2), ("IST", "learning_rate", 1e-3)),
+        *(("IST", "score_lr", 100), ("IST", "score_lr", 10)),
     ]
     assert len({t["values"]["learning_rate"] for t in trials[3:]}) == 1
     for turn in (trials[1:3], trials[3:]):
@@ -209,6 +209,20 @@ def test_a_finished_run_of_another_configuration_is_not_taken(tiny, many_rows, w
         experiment.main(argv(evaluate=None, recipe=FILE["recipe"] | {"lora_alpha": 16}))
 
 
+def test_tuning_finds_the_lowest_of_a_valley():
+    for count in range(1, 7):
+        for lowest in range(count):
+            values, tried = [10.0**i for i in range(count)], {}
+            losses = {value: abs(i - lowest) + 0.1 * (i > lowest) for i, value in enumerate(values)}
+            while (value := experiment.next_value(values[::-1], tried)) is not None:
+                assert value not in tried
+                tried[value] = losses[value]
+            assert min(tried, key=tried.get) == values[lowest]
+            beside = {values[i] for i in (lowest - 1, lowest + 1) if 0 <= i < count}
+            assert beside <= set(tried)
+            assert len(tried) <= abs(lowest - count // 2) + 3
+
+
 def test_a_best_value_at_an_end_of_what_was_tried_is_marked():
     def trial(arm: str, rate: float, loss: float) -> dict:
         return {"arm": arm, "key": "learning_rate", "values": {"learning_rate": rate}, "loss": loss}
@@ -281,6 +295,16 @@ def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
         ({"seeds": 1}, {}, "seeds must be"),
         ({"split": {"test": 3}}, {}, "split must name test and tuning rows"),
         ({"arms": {"a": {"tune": {"learning_rate": ["2e-4"]}}}, "pairs": []}, {}, "2e-4 is text in YAML: write 2.0e-4"),
+        (
+            {"arms": {"a": {"tune": {"score_rule": ["paper"]}}}, "pairs": []},
+            {},
+            "tune score_rule over a list of n",
+        ),
+        (
+            {"arms": {"a": {"tune": {"learning_rate": 1.0}}}, "pairs": []},
+            {},
+            "tune learning_rate over a list of n",
+        ),
         (
             {"arms": FILE["arms"] | {"b": {"tuned_as": "short"}}},
             {},

@@ -149,10 +149,10 @@ def test_runs_of_several_tasks_are_drawn_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(report.Figure, "savefig", lambda self, *a, **kw: (drawn.append(self), save(self, *a, **kw)))
     seen = {"maths": [[0.6, 0.2], [0.7, 0.1]], "text": [[0.4, 0.9]]}
     for name, probabilities in seen.items():
-        (tmp_path / name).mkdir()
+        (tmp_path / f"seed=1,{name}").mkdir()
         lines = [json.dumps({"step": 10 * (i + 1), "probabilities": p}) for i, p in enumerate(probabilities)]
-        (tmp_path / name / "importance.jsonl").write_text("\n".join(lines) + "\n")
-    runs = [f"{name}={tmp_path / name}" for name in seen]
+        (tmp_path / f"seed=1,{name}" / "importance.jsonl").write_text("\n".join(lines) + "\n")
+    runs = [f"{name}={tmp_path / f'seed=1,{name}'}" for name in seen]
     assert main(["--importance", *runs, "--output_dir", str(tmp_path / "out")]) == 0
     assert imread(tmp_path / "out/importance-panels.png").shape[1] > 600
     for axis, (name, probabilities) in zip(drawn[0].axes, seen.items()):
@@ -163,7 +163,7 @@ def test_runs_of_several_tasks_are_drawn_side_by_side(tmp_path, monkeypatch):
         assert len(axis.lines) == 2
     (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match="none has no importance updates to draw"):
-        main(["--importance", f"x={tmp_path / 'none'}", "--output_dir", str(tmp_path / "out")])
+        main(["--importance", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")])
 
 
 def write_results(folder: Path, arm: str, seed: int, right: dict[str, list[int]], model: str = "m/llama") -> Path:
