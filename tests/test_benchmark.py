@@ -77,7 +77,7 @@ def test_parts_are_those_of_the_steps_that_count(tiny, train_file, monkeypatch):
     flags = {"model_name_or_path": tiny, "train_file": train_file, "selection": "ist", "max_steps": 21}
     found = speed.run_ours(speed.train_ist(), flags, True, turns)
     assert steps == list(range(21))
-    assert 2 <= 10 * found["probe"] < 4
+    assert 2 <= 10 * found["probe"] < 3  # seconds: one update
 
 
 def test_the_interval_of_a_ratio_holds_it():
