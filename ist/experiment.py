@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
@@ -273,6 +273,7 @@ class Runner:
         self.base = {"model_name_or_path": args.model_name_or_path, "train_file": files["train"], **experiment.recipe}
         all_devices = ",".join(map(str, range(torch.cuda.device_count())))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_devices).split(",")
+        self.error: BaseException | None = None  # of the first run that failed
         self.devices: Queue[str] = Queue()
         for i in range(self.jobs):
             self.devices.put(visible[i % len(visible)])
@@ -289,23 +290,29 @@ class Runner:
         return {key: value for key, value in flags.items() if value is not None}
 
     def run_all(self, runs: Sequence[dict[str, Any]], what: str) -> list[dict]:
-        """Do all runs; run.json of each.
+        """Do all runs, `jobs` at a time; run.json of each.
 
         Raises:
-            UsageError: one was stopped, or failed; its log says why.
+            UsageError: as `run`.
         """
+        numbered = [(flags, f"{what} {i}/{len(runs)}") for i, flags in enumerate(runs, 1)]
         with ThreadPoolExecutor(self.jobs) as pool:
-            running = {pool.submit(self._run, flags): flags for flags in runs}
-            try:
-                for count, done in enumerate(as_completed(running), 1):
-                    run, where = done.result(), Path(running[done]["output_dir"])
-                    loss = run["final_validation_loss"]
-                    name = where.relative_to(self.folder)
-                    print(f"{what} {count}/{len(runs)}  {name}  validation loss {loss:.4f}", flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [read_run(Path(flags["output_dir"])) for flags in runs]
+            return list(pool.map(lambda one: self.run(*one), numbered))
+
+    def run(self, flags: dict[str, Any], what: str) -> dict:
+        """Do a run, if it is not done, as soon as a device is free; its run.json.
+
+        Raises:
+            UsageError: it was stopped, or failed; its log says why. Then no other run of this Runner is begun.
+        """
+        try:
+            run = self._run(flags)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+        name = Path(flags["output_dir"]).relative_to(self.folder)
+        print(f"{what}  {name}  validation loss {run['final_validation_loss']:.4f}", flush=True)
+        return run
 
     def _run(self, flags: dict[str, Any]) -> dict:
         where = Path(flags["output_dir"])
@@ -345,16 +352,21 @@ class Runner:
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         device = self.devices.get()
-        if device and not self.args.accelerate_config:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        where.parent.mkdir(parents=True, exist_ok=True)
-        log = where.parent / f"{where.name}.log"
-        with open(log, "a") as file:
-            done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, stdout=file, stderr=file)
-        self.devices.put(device)
-        if done.returncode:
-            last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
-            raise UsageError(f"a run ended with exit code {done.returncode}; {log} ends: {last}")
+        try:
+            if self.error:
+                raise self.error
+            if device and not self.args.accelerate_config:
+                environment["CUDA_VISIBLE_DEVICES"] = device
+            where.parent.mkdir(parents=True, exist_ok=True)
+            log = where.parent / f"{where.name}.log"
+            with open(log, "a") as file:
+                done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, stdout=file, stderr=file)
+            if done.returncode:
+                last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
+                self.error = UsageError(f"a run ended with exit code {done.returncode}; {log} ends: {last}")
+                raise self.error
+        finally:
+            self.devices.put(device)
 
 
 def middle(values: Sequence[float]) -> float:
@@ -375,42 +387,37 @@ def next_value(values: Sequence[float], tried: dict[float, float]) -> float | No
     return next((value for value in sides if value not in tried), None)
 
 
-def tune(runner: Runner, arms: Sequence[Arm], say: str) -> tuple[dict[str, dict], list[dict]]:
-    """({arm: its tuned values}, every trial): key by key, the others at the best so far or the middle of their list."""
-    best = {arm.name: {key: middle(values) for key, values in arm.tune.items()} for arm in arms}
-    trials: list[dict] = []
-    for turn in range(max((len(arm.tune) for arm in arms), default=0)):
-        keys = {arm.name: list(arm.tune)[turn] for arm in arms if len(arm.tune) > turn}
-        tried: dict[str, dict[float, float]] = {name: {} for name in keys}
-        while True:
-            todo = []
-            for arm in (arm for arm in arms if arm.name in keys):
-                key = keys[arm.name]
-                if (value := next_value(arm.tune[key], tried[arm.name])) is not None:
-                    todo.append((arm, key, best[arm.name] | {key: value}))
-            if not todo:
-                break
-            flags = [runner.flags(arm, values, runner.experiment.tuning_seed) for arm, _, values in todo]
-            for (arm, key, values), run in zip(todo, runner.run_all(flags, say), strict=True):
-                loss = run["final_validation_loss"]
-                tried[arm.name][values[key]] = loss
-                trials.append({"arm": arm.name, "key": key, "values": values, "loss": loss})
-        for name, losses in tried.items():
-            best[name] = best[name] | {keys[name]: min(losses, key=losses.get)}
-    order = [arm.name for arm in arms]
-    return best, sorted(trials, key=lambda one: (order.index(one["arm"]), list(one["values"]).index(one["key"])))
+def tune_arm(runner: Runner, arm: Arm) -> tuple[dict[str, float], list[dict]]:
+    """(its tuned values, every trial): key by key, the others at the best so far or the middle of their list."""
+    best, trials = {key: middle(values) for key, values in arm.tune.items()}, []
+    for key, values in arm.tune.items():
+        tried: dict[float, float] = {}
+        while (value := next_value(values, tried)) is not None:
+            flags = runner.flags(arm, best | {key: value}, runner.experiment.tuning_seed)
+            tried[value] = runner.run(flags, "tuning")["final_validation_loss"]
+            trials.append({"arm": arm.name, "key": key, "values": best | {key: value}, "loss": tried[value]})
+        best[key] = min(tried, key=tried.get)
+    return best, trials
+
+
+def tune(runner: Runner, arms: Sequence[Arm]) -> tuple[dict[str, dict], list[dict]]:
+    """({arm: its tuned values}, every trial), the arms side by side."""
+    with ThreadPoolExecutor(max(1, len(arms))) as pool:  # each trial waits for a device
+        found = list(pool.map(lambda arm: tune_arm(runner, arm), arms))
+    best = {arm.name: values for arm, (values, _) in zip(arms, found, strict=True)}
+    return best, [trial for _, trials in found for trial in trials]
 
 
 def tune_all(runner: Runner, arms: dict[str, Arm]) -> tuple[dict[str, dict], list[dict]]:
     """As `tune`, in an order in which every arm has what it takes from others; fills in layers that others choose."""
-    best, trials = tune(runner, [arm for arm in arms.values() if not arm.top_of], "tuning")
+    best, trials = tune(runner, [arm for arm in arms.values() if not arm.top_of])
     chosen = [arm for arm in arms.values() if arm.top_of]
     for arm in chosen:
         flags = runner.flags(arms[arm.top_of], best[arm.top_of], runner.experiment.tuning_seed)
         scores = read_lines(Path(flags["output_dir"]) / IMPORTANCE)[-1]["scores"]
         count = ISTConfig(trained_layers=str(arm.settings.get("trained_layers", 0.25))).counts(len(scores)).trained
         arm.settings["fixed_layers"] = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
-    more, later = tune(runner, chosen, "tuning fixed layers")
+    more, later = tune(runner, chosen)
     best |= more
     return best | {arm.name: best[arm.tuned_as] for arm in arms.values() if arm.tuned_as}, trials + later
 
@@ -565,7 +572,7 @@ def main(argv: Sequence[str]) -> int:
     if experiment.evaluate:
         runner.evaluate(None)
     everything = [runner.flags(arm, tuned[arm.name], seed) for arm, seed in runs]
-    runner.run_all(everything, "runs")
+    runner.run_all(everything, "run")
 
     results: dict[str, Any] = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "arms": {}}
     results |= {"trials": trials, "pairs": experiment.pairs}
