@@ -281,7 +281,7 @@ def speed(options: Namespace, command: str) -> None:
     rows = timing.speed_table(results, flops["tokens"])
     rows.append(["floor of `all`: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor])
     rows[-1] += ["", "", "", f"{sum(floor.values()):.3g}", f"{100 * flops['tokens'] / sum(floor.values()):.0f}", ""]
-    shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, {options.rounds} round{'s' * (options.rounds > 1)}"
+    shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, seeds: {options.rounds}"
     table = "\n".join([shape, "", *markdown_table(header, rows)])
     finish(options, command, table, results=results, flops=flops, matmul_flops_per_second=rate)
 
