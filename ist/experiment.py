@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
@@ -289,16 +289,6 @@ class Runner:
         flags = {**self.base, **arm.settings, **values, **own, "logging_steps": 1, "report_to": "none"}
         return {key: value for key, value in flags.items() if value is not None}
 
-    def run_all(self, runs: Sequence[dict[str, Any]], what: str) -> list[dict]:
-        """Do all runs, `jobs` at a time; run.json of each.
-
-        Raises:
-            UsageError: as `run`.
-        """
-        numbered = [(flags, f"{what} {i}/{len(runs)}") for i, flags in enumerate(runs, 1)]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(lambda one: self.run(*one), numbered))
-
     def run(self, flags: dict[str, Any], what: str) -> dict:
         """Do a run, if it is not done, as soon as a device is free; its run.json.
 
@@ -400,26 +390,42 @@ def tune_arm(runner: Runner, arm: Arm) -> tuple[dict[str, float], list[dict]]:
     return best, trials
 
 
-def tune(runner: Runner, arms: Sequence[Arm]) -> tuple[dict[str, dict], list[dict]]:
-    """({arm: its tuned values}, every trial), the arms side by side."""
-    with ThreadPoolExecutor(max(1, len(arms))) as pool:  # each trial waits for a device
-        found = list(pool.map(lambda arm: tune_arm(runner, arm), arms))
-    best = {arm.name: values for arm, (values, _) in zip(arms, found, strict=True)}
-    return best, [trial for _, trials in found for trial in trials]
+def top_layers(runner: Runner, arm: Arm, tuned: dict[str, float], count: str | int) -> list[int]:
+    """The layers of highest importance at the end of the tuning run of an arm of IST."""
+    flags = runner.flags(arm, tuned, runner.experiment.tuning_seed)
+    scores = read_lines(Path(flags["output_dir"]) / IMPORTANCE)[-1]["scores"]
+    trained = ISTConfig(trained_layers=str(count)).counts(len(scores)).trained
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:trained])
 
 
-def tune_all(runner: Runner, arms: dict[str, Arm]) -> tuple[dict[str, dict], list[dict]]:
-    """As `tune`, in an order in which every arm has what it takes from others; fills in layers that others choose."""
-    best, trials = tune(runner, [arm for arm in arms.values() if not arm.top_of])
-    chosen = [arm for arm in arms.values() if arm.top_of]
-    for arm in chosen:
-        flags = runner.flags(arms[arm.top_of], best[arm.top_of], runner.experiment.tuning_seed)
-        scores = read_lines(Path(flags["output_dir"]) / IMPORTANCE)[-1]["scores"]
-        count = ISTConfig(trained_layers=str(arm.settings.get("trained_layers", 0.25))).counts(len(scores)).trained
-        arm.settings["fixed_layers"] = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
-    more, later = tune(runner, chosen)
-    best |= more
-    return best | {arm.name: best[arm.tuned_as] for arm in arms.values() if arm.tuned_as}, trials + later
+def train_all(runner: Runner, arms: dict[str, Arm], seeds: Sequence[int]) -> tuple[dict[str, dict], list[dict]]:
+    """Tune every arm and train it on all seeds; ({arm: its tuned values}, every trial of tuning).
+
+    Every arm goes on by itself, as soon as it has what it takes from another and a device is free.
+    """
+    tuned: dict[str, Future] = {name: Future() for name in arms}
+    with ThreadPoolExecutor(len(arms) * (1 + len(seeds))) as pool:
+
+        def tune_and_train(arm: Arm) -> list[Future]:
+            try:
+                if arm.top_of:
+                    values, _ = tuned[arm.top_of].result()
+                    wanted = arm.settings.get("trained_layers", 0.25)
+                    arm.settings["fixed_layers"] = top_layers(runner, arms[arm.top_of], values, wanted)
+                values, trials = (tuned[arm.tuned_as].result()[0], []) if arm.tuned_as else tune_arm(runner, arm)
+                tuned[arm.name].set_result((values, trials))
+            except BaseException as error:
+                tuned[arm.name].set_exception(error)
+                raise
+            return [pool.submit(runner.run, runner.flags(arm, values, seed), f"seed {seed}") for seed in seeds]
+
+        started = [pool.submit(tune_and_train, arm) for arm in arms.values()]
+        for run in (run for arm in started for run in arm.result()):
+            run.result()
+    found = {name: future.result() for name, future in tuned.items()}
+    return {name: values for name, (values, _) in found.items()}, [
+        one for _, trials in found.values() for one in trials
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -567,12 +573,11 @@ def main(argv: Sequence[str]) -> int:
             plan_layers(arguments_of(train_ist(), runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
         except UsageError as error:
             raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
-    tuned, trials = tune_all(runner, arms)
-    runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values()]
     if experiment.evaluate:
         runner.evaluate(None)
+    tuned, trials = train_all(runner, arms, experiment.seeds)
+    runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values()]
     everything = [runner.flags(arm, tuned[arm.name], seed) for arm, seed in runs]
-    runner.run_all(everything, "run")
 
     results: dict[str, Any] = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "arms": {}}
     results |= {"trials": trials, "pairs": experiment.pairs}
