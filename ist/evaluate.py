@@ -70,7 +70,7 @@ def extract_number(text: str) -> float | None:
 class Answers:
     """How a task's answers look: what is read from an output, when it is right, and what can be chosen from."""
 
-    kind: Literal["label", "letter", "number"]
+    kind: Literal["label", "letter", "number", "text"]
     extract: Callable[[str], Any]
     gold: list[Any]
     labels: tuple[str, ...] = ()
@@ -92,13 +92,21 @@ LABELS = (
 
 
 def answers_of(rows: Dataset, file: str) -> Answers:
-    """The format of the answers, told from the rows' `answer`.
+    """The format of the answers, told from the rows' `answer`; those of rows with `choices` are texts among these.
 
     Raises:
         UsageError: no such column, or not one of the formats of the paper's tasks.
     """
     if "answer" not in rows.column_names or "instruction" not in rows.column_names:
         raise UsageError(f"--test_file {file} needs the columns instruction and answer; got {rows.column_names}.")
+    if "choices" in rows.column_names:
+        for i, row in enumerate(rows):
+            if not isinstance(row["choices"], list) or row["answer"] not in row["choices"] or "" in row["choices"]:
+                raise UsageError(
+                    f"--test_file {file}, row {i}: answer must be one of choices, texts as a model would write them; "
+                    f"got {row['answer']!r} and {row['choices']!r}."
+                )
+        return Answers("text", str.strip, [answer.strip() for answer in rows["answer"]])
     gold = [str(answer).strip() for answer in rows["answer"]]
     for labels in LABELS:
         if set(gold) <= set(labels):
@@ -243,7 +251,8 @@ class EvaluateArguments(ScorerArguments):
     )
     perplexity_file: list[str] = field(default_factory=list, metadata={"help": "Plain text to take the perplexity of."})
     scoring: Literal["generation", "likelihood"] = field(
-        default="generation", metadata={"help": "likelihood: which of the listed choices is the most likely answer."}
+        default="generation",
+        metadata={"help": "likelihood: which of the choices, listed or in the column choices, is the most likely."},
     )
     num_beams: int = field(default=4, metadata={"help": "Beams of the search; 1 is greedy."})
     max_new_tokens: int | None = field(
@@ -400,11 +409,11 @@ def _score(
     with open(Path(args.output_dir) / f".{name}.{uuid.uuid4().hex}.jsonl", "w") as file:
         for batch in progress(batches, "batch", state):
             if args.scoring == "generation":
-                tokens = args.max_new_tokens or (32 if answers.kind == "label" else 256)
+                tokens = args.max_new_tokens or (32 if answers.kind in ("label", "text") else 256)
                 outputs = scorer.generate([prompts[i] for i in batch], tokens)
                 found = [(output, answers.extract(output)) for output in outputs]
             else:
-                found = [_most_likely(scorer, prompts[i], rows[i]["instruction"], answers) for i in batch]
+                found = [_most_likely(scorer, prompts[i], rows[i], answers) for i in batch]
             for i, (output, extracted) in zip(batch, found, strict=True):
                 line = {"row": i, "prompt": prompts[i], "output": output, "extracted": extracted}
                 line |= {"gold": answers.gold[i], "right": answers.right(extracted, i)}
@@ -412,13 +421,17 @@ def _score(
             file.flush()
 
 
-def _most_likely(scorer: Scorer, prompt: str, instruction: str, answers: Answers) -> tuple[str, str]:
-    """(log-likelihoods as JSON, the best choice); the answer is worded as in the training rows."""
-    listed = choices(instruction, answers)
-    wording = "The answer is ({})." if answers.kind == "letter" else "the correct answer is {}"
+def _most_likely(scorer: Scorer, prompt: str, row: dict, answers: Answers) -> tuple[str, str]:
+    """(log-likelihoods as JSON, the best choice): of labels worded as in the training rows; of texts per character, so
+    that length does not decide (acc_norm of lm-evaluation-harness)."""
+    listed = list(dict.fromkeys(row["choices"])) if answers.kind == "text" else choices(row["instruction"], answers)
+    wordings = {"letter": "The answer is ({}).", "text": "{}"}
+    wording = wordings.get(answers.kind, "the correct answer is {}")
     values = scorer.log_likelihoods([(prompt, wording.format(choice)) for choice in listed])
+    if answers.kind == "text":
+        values = [value / len(choice) for choice, value in zip(listed, values, strict=True)]
     scores = dict(zip(listed, values, strict=True))
-    return json.dumps(scores), max(scores, key=scores.get)
+    return json.dumps(scores), max(scores, key=scores.get).strip()
 
 
 def as_table(summary: dict) -> str:

@@ -122,6 +122,7 @@ class Experiment:
     pairs: list[list[str]]
     split: dict[str, int]
     evaluate: dict[str, Any] | None
+    answer_texts: bool  # answers in words instead of their labels
 
     @classmethod
     def read(cls, path: str, only: Sequence[str] | None) -> "Experiment":
@@ -145,6 +146,7 @@ class Experiment:
                 values.get("pairs", []),
                 values["split"],
                 values.get("evaluate"),
+                values.get("answer_texts", False),
             )
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}.") from error
@@ -194,19 +196,45 @@ def slug(values: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def rows_of(key: str, files: Sequence[str]) -> list[dict]:
+LISTED = re.compile(r"\s*\b(?:Answer|Solution|Ending|Option)\d: *")  # LLM-Adapters' choices in an instruction
+
+
+def in_words(row: dict, where: str) -> dict:
+    """A commonsense row of LLM-Adapters with its answer in words: {instruction, output, choices, answer}.
+
+    A small model that is trained on "the correct answer is answer2" learns that format in the first hundreds of steps
+    and nothing else. Here it is asked for the text of the answer, out of the texts of all.
+
+    Raises:
+        UsageError: not such a row.
+    """
+    asked, _, form = row["instruction"].rpartition("Answer format:")
+    labels = form.strip().split("/")
+    question, *texts = LISTED.split(asked.strip())
+    outputs = [f" {text}" for text in texts or labels]  # true/false are words already
+    if len(outputs) != len(labels) or row.get("answer") not in labels:
+        raise UsageError(f"--{where}: answer_texts needs rows that list their answers; got {row['instruction']!r}.")
+    answer = outputs[labels.index(row["answer"])]
+    prompt = f"Question: {question.partition('question: ')[2] or question}\nAnswer:"
+    return {"instruction": prompt, "input": "", "output": answer, "choices": outputs, "answer": answer}
+
+
+def rows_of(key: str, files: Sequence[str], answer_texts: bool = False) -> list[dict]:
     """Rows of JSON or Parquet files, each instruction once; or plain text cut at white space into rows of an output.
 
     Raises:
-        UsageError: as load_rows.
+        UsageError: as load_rows and in_words.
     """
     if not any(file.endswith(".txt") for file in files):
         rows = load_rows(key, files)
         if "instruction" not in rows.column_names:
             raise UsageError(f"--{key} needs the columns instruction and output; got {', '.join(rows.column_names)}.")
+        if answer_texts:
+            rows = [in_words(row, f"{key} row {i}") for i, row in enumerate(rows)]
         return list({_question(row): row for row in rows}.values())
-    if not all(file.endswith(".txt") for file in files):
-        raise UsageError(f"--{key} must not mix plain text with rows; got {', '.join(files)}.")
+    if answer_texts or not all(file.endswith(".txt") for file in files):
+        rows_wanted = "needs rows, for answer_texts" if answer_texts else "must not mix plain text with rows"
+        raise UsageError(f"--{key} {rows_wanted}; got {', '.join(files)}.")
     rows = []
     for file in files:
         try:
@@ -226,7 +254,9 @@ def _question(row: dict) -> str:
     return json.dumps([row["instruction"], row.get("input"), row["output"] if not row["instruction"] else None])
 
 
-def write_parts(args: ExperimentArguments, split: dict[str, int], folder: Path) -> dict[str, Path]:
+def write_parts(
+    args: ExperimentArguments, split: dict[str, int], folder: Path, answer_texts: bool = False
+) -> dict[str, Path]:
     """Cut the rows into train, tuning and test, by a hash of each, so that every machine has the same; their files.
 
     Raises:
@@ -236,10 +266,10 @@ def write_parts(args: ExperimentArguments, split: dict[str, int], folder: Path) 
     def shuffled(rows: list[dict]) -> list[dict]:
         return sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest())
 
-    rows = shuffled(rows_of("train_file", args.train_file))
+    rows = shuffled(rows_of("train_file", args.train_file, answer_texts))
     parts = {}
     if args.test_file:
-        parts["test"] = shuffled(rows_of("test_file", args.test_file))[: split["test"]]
+        parts["test"] = shuffled(rows_of("test_file", args.test_file, answer_texts))[: split["test"]]
         seen = set(map(_question, parts["test"]))
         rows = [row for row in rows if _question(row) not in seen]
     else:
@@ -517,13 +547,14 @@ def tables(results: dict[str, Any]) -> str:
             ]
         )
     header = ["arm", "tuned", "steps", "validation loss", "perplexity"]
-    header += ["exact answers, %", "seconds per step", "saved for the backward, MB"]
+    answered = "exact answers" if results["scoring"] == "generation" else "right answers"
+    header += [f"{answered}, %", "seconds per step", "saved for the backward, MB"]
     unknown = {"perplexity"} if not text else set()
-    unknown |= {"exact answers, %"} if not answers else set()
+    unknown |= {f"{answered}, %"} if not answers else set()
     keep = [i for i, name in enumerate(header) if name not in unknown]
     lines = markdown_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])
     pairs = []
-    kinds = (("validation loss", final, ".4f", 1), ("exact answers, points", exact, ".1f", 100))
+    kinds = (("validation loss", final, ".4f", 1), (f"{answered}, points", exact, ".1f", 100))
     for one, two in results["pairs"]:
         for what, values, digits, scale in kinds:
             if set(values[one]) & set(values[two]):
@@ -564,7 +595,7 @@ def main(argv: Sequence[str]) -> int:
     experiment = Experiment.read(args.experiment, args.arms)
     folder = Path(args.output_dir)
     require_writable(folder)
-    files = write_parts(args, experiment.split, folder / "data")
+    files = write_parts(args, experiment.split, folder / "data", experiment.answer_texts)
     runner = Runner(args, experiment, files)
     arms = experiment.arms
     for arm in arms.values():  # what any of them would be refused for, before the first is run
@@ -584,6 +615,7 @@ def main(argv: Sequence[str]) -> int:
     # Tables in a README make a checkout differ from its commit: what counts is where the runs were.
     results["commit"] = ", ".join(sorted({read_run(Path(f["output_dir"]))["commit"] or "none" for f in everything}))
     results["text"] = all(file.endswith(".txt") for file in args.train_file)
+    results["scoring"] = (experiment.evaluate or {}).get("scoring", "generation")
     record = read_run(Path(everything[0]["output_dir"]))["configuration"]
     for (arm, seed), flags in zip(runs, everything, strict=True):
         entry = results["arms"].setdefault(

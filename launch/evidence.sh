@@ -4,21 +4,22 @@
 #   launch/evidence.sh DATA [PART ...]
 #
 # DATA is a folder with math/train.json (rows of word problems with worked answers, in LLM-Adapters' format) and
-# wikitext-2/valid.txt and test.txt. Parts, all of them if none is named: arithmetic, wikitext-2, layers. Hours on two
-# CPU cores; stopped at any time, it goes on from there. Tables and pictures go to launch/results/ and README.md.
+# wikitext-2/valid.txt and test.txt, and commonsense/{ARC-Challenge,ARC-Easy,boolq,openbookqa}/train.json. Parts, all of
+# them if none is named: arithmetic, wikitext-2, commonsense, layers. Hours on two CPU cores; stopped at any time, it
+# goes on from there. Tables and pictures go to launch/results/ and README.md.
 set -euo pipefail
-case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 [ -d "${1:-}" ] || { echo "error: DATA must be a folder; got ${1:-nothing}. See launch/evidence.sh --help" >&2; exit 2; }
 data=$(realpath --relative-to="$(dirname "$0")/.." -s "$1")
 shift
 cd "$(dirname "$0")/.."
 for part in "$@"; do
   case $part in
-    arithmetic | wikitext-2 | layers) ;;
-    *) echo "error: unknown part $part: arithmetic, wikitext-2 or layers" >&2; exit 2 ;;
+    arithmetic | wikitext-2 | commonsense | layers) ;;
+    *) echo "error: unknown part $part: arithmetic, wikitext-2, commonsense or layers" >&2; exit 2 ;;
   esac
 done
-parts=${*:-arithmetic wikitext-2 layers}
+parts=${*:-arithmetic wikitext-2 commonsense layers}
 launch/setup.sh --model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 model=models/SmolLM2-135M-Instruct
@@ -27,6 +28,7 @@ experiment() { # NAME [--key value ...]
   case $1 in
     arithmetic) set -- "$@" --train_file "$data/math/train.json" ;;
     wikitext-2) set -- "$@" --train_file "$data/wikitext-2/valid.txt" --test_file "$data/wikitext-2/test.txt" ;;
+    commonsense) set -- "$@" --train_file "$data/commonsense/"{ARC-Challenge,ARC-Easy,boolq,openbookqa}/train.json ;;
   esac
   .venv/bin/python -m ist.experiment --experiment "launch/experiments/$1.yaml" --model_name_or_path $model \
     --output_dir "runs/$1" "${@:2}"

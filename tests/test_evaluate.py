@@ -271,6 +271,35 @@ def test_likelihood_is_the_models_own_loss(folder, tmp_path):
 
 
 @torch.no_grad()
+def test_texts_are_ranked_by_likelihood_per_character(folder, tmp_path):
+    answers = {"output": " no", "answer": " no"}
+    asked = [f"Question: {i} and {i}?\nAnswer:" for i in range(5)]
+    rows = [{"instruction": asked[i], "choices": [" no", f" it is {2 * i}", " no"], **answers} for i in range(5)]
+    (tmp_path / "words.json").write_text(json.dumps(rows))
+    flags = ["--model_name_or_path", folder / "tiny", "--output_dir", tmp_path / "out", "--scoring", "likelihood"]
+    flags += ["--test_file", tmp_path / "words.json", "--prompt_template", "none", "--batch_size", "3"]
+    assert main(list(map(str, flags))) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny").eval()
+    lines = read_lines(tmp_path / "out/words.jsonl")
+    for line in lines:
+        row, expected = rows[line["row"]], {}
+        for choice in row["choices"]:
+            ids = tokenizer(row["instruction"] + choice, return_tensors="pt")["input_ids"]
+            start = len(tokenizer(row["instruction"])["input_ids"])
+            logs = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            expected[choice] = logs.gather(1, ids[0, start:, None]).sum().item() / len(choice)
+        assert json.loads(line["output"]) == pytest.approx(expected, abs=1e-4)
+        assert line["extracted"] == max(expected, key=expected.get).strip()
+        assert line["right"] == (line["extracted"] == "no")
+    assert len(lines) == 5
+    (tmp_path / "words.json").write_text(json.dumps([rows[0] | {"answer": " perhaps"}]))
+    flags[3] = tmp_path / "other"
+    with pytest.raises(UsageError, match=r"words.json, row 0: answer must be one of choices"):
+        main(list(map(str, flags)))
+
+
+@torch.no_grad()
 def test_perplexity_is_that_of_the_text(folder, tmp_path):
     flags = ["--model_name_or_path", str(folder / "tiny"), "--output_dir", str(tmp_path / "out")]
     assert main([*flags, "--perplexity_file", str(folder / "text.txt"), "--max_length", "64"]) == 0

@@ -209,6 +209,38 @@ def test_a_finished_run_of_another_configuration_is_not_taken(tiny, many_rows, w
         experiment.main(argv(evaluate=None, recipe=FILE["recipe"] | {"lora_alpha": 16}))
 
 
+def commonsense_row(i: int) -> dict:
+    texts = f"Answer1: {i} apples Answer2: a pear.  Answer3: Answer keys"
+    instruction = f"Please choose the correct answer to the question: How many has {i}?\n\n{texts}\n\n"
+    return {"instruction": instruction + "Answer format: answer1/answer2/answer3", "answer": f"answer{i % 3 + 1}"}
+
+
+def test_answers_in_words(tiny, write, tmp_path, capsys, few_processes):
+    outputs = [" 4 apples", " a pear.", " Answer keys"]
+    row = {"instruction": "Question: How many has 4?\nAnswer:", "input": "", "output": " a pear.", "choices": outputs}
+    assert experiment.in_words(commonsense_row(4), "f") == row | {"answer": " a pear."}
+    asked = "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false"
+    yes = experiment.in_words({"instruction": asked, "answer": "true"}, "f")
+    assert (yes["instruction"], yes["choices"]) == ("Question: is it so?\nAnswer:", [" true", " false"])
+    with pytest.raises(UsageError, match="--train_file row 3: answer_texts needs rows that list their answers"):
+        experiment.in_words({"instruction": "Why?", "answer": "4"}, "train_file row 3")
+
+    file = tmp_path / "choose.json"
+    file.write_text(json.dumps([commonsense_row(i) | {"output": "the correct answer is it"} for i in range(40)]))
+    scoring = {"scoring": "likelihood", "batch_size": 4}
+    values = {"train_file": file, "output_dir": tmp_path / "out", "model_name_or_path": tiny, "jobs": 1}
+    values["experiment"] = write(answer_texts=True, evaluate=scoring, seeds=[1])
+    assert experiment.main([*arguments(**values), "--arms", "LoRA"]) == 0
+    result = json.loads((tmp_path / "out/experiment.json").read_text())
+    (run,) = result["arms"]["LoRA"]["runs"]
+    lines = [json.loads(line) for line in (Path(run["folder"]) / "evaluation/data.jsonl").read_text().splitlines()]
+    chosen = {line["row"]: line["extracted"] for line in lines}
+    test = json.loads((tmp_path / "out/data/test.json").read_text())
+    assert all(f" {chosen[i]}" in test[i]["choices"] for i in range(10)) and len(test) == 10
+    assert run["exact"] == sum(f" {chosen[i]}" == test[i]["output"] for i in range(10)) / 10
+    assert "right answers, %" in capsys.readouterr().out
+
+
 def test_tuning_finds_the_lowest_of_a_valley():
     for count in range(1, 7):
         for lowest in range(count):
@@ -283,6 +315,8 @@ def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
     assert text.startswith(joined.rstrip())
     assert len(text) - len(joined) < experiment.PIECE
     assert all(experiment.PIECE <= len(row["output"]) < experiment.PIECE + 10 for row in rows)
+    with pytest.raises(UsageError, match="--train_file needs rows, for answer_texts; got"):
+        experiment.rows_of("train_file", [str(tmp_path / "text.txt")], answer_texts=True)
 
 
 @pytest.mark.parametrize(
