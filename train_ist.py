@@ -378,7 +378,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return train(args, ist_config, accelerator, data, peft_config, max_steps, checkpoint, record, stop)
     except FloatingPointError as error:
-        record.close("failed", error=str(error))
+        record.close("failed", error=str(error), diverged=True)
         accelerator.print(f"error: {error}", file=sys.stderr)
         return 1
     except BaseException as error:

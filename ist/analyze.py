@@ -7,6 +7,7 @@ Leaves O/removals.jsonl, a line per evaluation, O/analysis.json and O/layers.png
 drawn as lines). A run that was stopped goes on from what it has written.
 """
 
+import hashlib
 import json
 import math
 import shlex
@@ -70,8 +71,9 @@ class AnalyzeArguments(ScorerArguments):
         default_factory=list,
         metadata={"help": "NAME=DIR of other models or adapters whose loss is drawn as a line.", "metavar": "NAME=DIR"},
     )
-    importance: str | None = field(
-        default=None, metadata={"help": "importance.jsonl of a run, or its folder: scores to compare the orders with."}
+    importance: list[str] = field(
+        default_factory=list,
+        metadata={"help": "importance.jsonl of runs, or their folders: scores to compare the orders with."},
     )
 
     def __post_init__(self) -> None:
@@ -153,14 +155,12 @@ def read_lines_argument(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBa
     return models
 
 
-def read_importance(path: str | None) -> list[float] | None:
+def read_importance(path: str) -> list[float]:
     """The scores after the last importance update of a run.
 
     Raises:
         UsageError: there are none, or all are equal.
     """
-    if path is None:
-        return None
     file = Path(path) / IMPORTANCE if Path(path).is_dir() else Path(path)
     try:
         scores = read_lines(file)[-1]["scores"]
@@ -178,6 +178,15 @@ def require_layers(folder: str) -> None:
         raise UsageError(f"--adapter {folder}: {config.peft_type.value} has no response of each layer to take away.")
 
 
+def digest(args: AnalyzeArguments) -> str | None:
+    """Tells an adapter, or a model on disk, from another that stood in the same place."""
+    if args.adapter:
+        return adapter_digest(args.adapter)
+    files = [(path.name, path.stat()) for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
+    weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]  # too large to be read for this
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16] if weights else None
+
+
 def measure_lines(
     file: Path,
     models: dict[str, AnalyzeArguments],
@@ -190,7 +199,7 @@ def measure_lines(
     Rank 0 measures what `file` does not have.
     """
     wanted = {
-        name: {"name": name, "folder": one.adapter or one.model_name_or_path, "digest": adapter_digest(one.adapter)}
+        name: {"name": name, "folder": one.adapter or one.model_name_or_path, "digest": digest(one)}
         for name, one in models.items()
     }
 
@@ -257,7 +266,8 @@ def draw(path: Path, analysis: dict) -> None:
     colours = iter(["0.3", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink"] * len(analysis["losses"]))
     for name, loss in analysis["losses"].items():
         axis.axhline(loss, color=next(colours), ls="--", lw=1, label=f"{name}: {loss:.3f}")
-    axis.set(xlabel="layers without their adapter response", ylabel="loss per token")
+    title = f"Layers taken away one by one; loss on {analysis['tokens']} tokens"
+    axis.set(xlabel="layers without their adapter response", ylabel="loss per token", title=title)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
@@ -272,10 +282,12 @@ def summary(analysis: dict) -> str:
         lines.append(f"{direction} important first: {', '.join(map(str, result['order']))}")
         for name, layers in ((f"the {count} most important", order[-count:]), (f"the {count} least", order[:count])):
             lines.append(f"  train {name}: --selection fixed --fixed_layers {','.join(map(str, sorted(layers)))}")
-    for name, found in analysis.get("importance", {}).items():
-        interval = " … ".join(f"{end:+.2f}" for end in found["interval"]) if found["interval"] else "none"
-        rho = "undefined" if found["rho"] is None else f"{found['rho']:+.2f}"
-        lines.append(f"rank correlation of the importance scores, {name}: {rho} (95 % interval {interval})")
+    for path, orders in analysis.get("importance", {}).items():
+        lines.append(f"rank correlation of the importance scores of {path}")
+        for name, found in orders.items():
+            interval = " … ".join(f"{end:+.2f}" for end in found["interval"]) if found["interval"] else "none"
+            rho = "undefined" if found["rho"] is None else f"{found['rho']:+.2f}"
+            lines.append(f"  with {name}: {rho} (95 % interval {interval})")
     return "\n".join(lines)
 
 
@@ -285,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
     require_layers(args.adapter)
     tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path)
     models = read_lines_argument(args, tokenizer) | {ADAPTER: args}
-    scores = read_importance(args.importance)
+    scores = {path: read_importance(path) for path in args.importance}
     tokens = load_tokens(args, tokenizer, state.device)
     output_dir = Path(args.output_dir)
     settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
@@ -307,8 +319,9 @@ def main(argv: Sequence[str]) -> int:
 
     lines = measure_lines(output_dir / "lines.jsonl", models, removal, tokens, state)
     names = lines[ADAPTER]["layers"]
-    if scores is not None and len(scores) != len(names):
-        raise UsageError(f"--importance {args.importance} has {len(scores)} scores, the adapter {len(names)} layers.")
+    for path, values in scores.items():
+        if len(values) != len(names):
+            raise UsageError(f"--importance {path} has {len(values)} scores, the adapter {len(names)} layers.")
     removals = Removals(output_dir / "removals.jsonl", len(names), removal, state)
     results = {}
     for direction in args.directions:
@@ -323,8 +336,8 @@ def main(argv: Sequence[str]) -> int:
         "arguments": asdict(args) | {key: settings[key] for key in ("adapter_digest", "data_digest")},
         "training": training,
     }
-    if scores is not None:
-        analysis["importance"] = compare_importance(analysis, scores)
+    if scores:
+        analysis["importance"] = {path: compare_importance(analysis, values) for path, values in scores.items()}
     if state.is_main_process:
         publish(output_dir / "analysis.json", "python -m ist.analyze " + shlex.join(argv), state, "", **analysis)
         draw(output_dir / "layers.png", analysis)

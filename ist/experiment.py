@@ -13,12 +13,14 @@ import math
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -34,6 +36,7 @@ from scipy import stats
 
 from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
 from ist.data import load_rows
+from ist.evaluate import task_name
 from ist.memory import SavedByLayer, counting
 from ist.model import make_peft_config, plan_layers
 from ist.report import (
@@ -71,7 +74,7 @@ class ExperimentArguments:
         metadata={"help": "Rows or text that only the reported losses see; default: a part of train_file."},
     )
     arms: list[str] | None = field(default=None, metadata={"help": "Only these arms; default: all of the file."})
-    jobs: int = field(default=0, metadata={"help": "Runs at a time; default: one per GPU, on a CPU one per core."})
+    jobs: int = field(default=0, metadata={"help": "Runs at a time; default: one per GPU, or per CPU core, up to 8."})
     accelerate_config: str | None = field(
         default=None, metadata={"help": "Each run under accelerate launch with this file, one run at a time."}
     )
@@ -91,6 +94,7 @@ class ExperimentArguments:
             raise UsageError(f"--readme {self.readme} has no place <!-- {Path(self.publish).stem} --> for the tables.")
         if Path(self.model_name_or_path).exists():  # runs have another working directory
             self.model_name_or_path = _for_runs(self.model_name_or_path)
+        self.accelerate_config = self.accelerate_config and _for_runs(self.accelerate_config)
         self.output_dir = _for_runs(self.output_dir)
 
 
@@ -175,6 +179,8 @@ def _check(path: str, values: dict, arms: dict[str, Arm], experiment: Experiment
                 raise UsageError(
                     f"{path}: {arm.name} cannot be {key} {other.name}, which takes from another arm itself."
                 )
+            if other and key == "top_of" and "ist" not in other.settings.get("selection", "ist"):
+                raise UsageError(f"{path}: {arm.name} cannot be top_of {other.name}, which learns no importance.")
         lists = {key: many if isinstance(many, list) else [many] for key, many in arm.tune.items()}
         for key, value in [*arm.settings.items(), *((name, value) for name in lists for value in lists[name])]:
             if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
@@ -220,7 +226,7 @@ def in_words(row: dict, where: str) -> dict:
 
 
 def rows_of(key: str, files: Sequence[str], answer_texts: bool = False) -> list[dict]:
-    """Rows of JSON or Parquet files, each instruction once; or plain text cut at white space into rows of an output.
+    """Rows of JSON or Parquet files; or plain text cut at white space into rows of an output.
 
     Raises:
         UsageError: as load_rows and in_words.
@@ -229,9 +235,7 @@ def rows_of(key: str, files: Sequence[str], answer_texts: bool = False) -> list[
         rows = load_rows(key, files)
         if "instruction" not in rows.column_names:
             raise UsageError(f"--{key} needs the columns instruction and output; got {', '.join(rows.column_names)}.")
-        if answer_texts:
-            rows = [in_words(row, f"{key} row {i}") for i, row in enumerate(rows)]
-        return list({_question(row): row for row in rows}.values())
+        return [in_words(row, f"{key} row {i}") if answer_texts else row for i, row in enumerate(rows)]
     if answer_texts or not all(file.endswith(".txt") for file in files):
         rows_wanted = "needs rows, for answer_texts" if answer_texts else "must not mix plain text with rows"
         raise UsageError(f"--{key} {rows_wanted}; got {', '.join(files)}.")
@@ -251,40 +255,51 @@ def rows_of(key: str, files: Sequence[str], answer_texts: bool = False) -> list[
 
 
 def _question(row: dict) -> str:
-    return json.dumps([row["instruction"], row.get("input"), row["output"] if not row["instruction"] else None])
+    """What a row asks, whatever its spaces, points and capitals; of plain text, all of it."""
+    asked = f"{row['instruction']} {row.get('input') or ''}" if row["instruction"] else row["output"]
+    return re.sub(r"\W+", " ", asked.casefold()).strip()
 
 
 def write_parts(
     args: ExperimentArguments, split: dict[str, int], folder: Path, answer_texts: bool = False
 ) -> dict[str, Path]:
-    """Cut the rows into train, tuning and test, by a hash of each, so that every machine has the same; their files.
+    """Cut the rows into train, tuning and test; {name: file}. Of several test files each gives the same number of rows,
+    and each is a part "test/<task>" too. No question stands in two parts, or twice in one.
 
     Raises:
         UsageError: there are not enough.
     """
 
-    def shuffled(rows: list[dict]) -> list[dict]:
-        return sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest())
+    def shuffled(key: str, files: Sequence[str]) -> list[dict]:
+        """Each question once, sorted by a hash of the row, so that every machine has the same."""
+        rows = rows_of(key, files, answer_texts)
+        rows.sort(key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest())
+        return list({_question(row): row for row in reversed(rows)}.values())[::-1]
 
-    rows = shuffled(rows_of("train_file", args.train_file, answer_texts))
-    parts = {}
+    rows = shuffled("train_file", args.train_file)
+    parts: dict[str, list[dict]] = {}
+    wanted = dict(split)
     if args.test_file:
-        parts["test"] = shuffled(rows_of("test_file", args.test_file, answer_texts))[: split["test"]]
+        share = split["test"] // len(args.test_file)
+        tasks = {f"test/{task_name(file)}": shuffled("test_file", [file])[:share] for file in args.test_file}
+        parts["test"] = list(chain.from_iterable(tasks.values()))
+        parts |= tasks if len(args.test_file) > 1 else {}
+        wanted |= {"test": share * len(args.test_file)} | dict.fromkeys(tasks, share)
         seen = set(map(_question, parts["test"]))
         rows = [row for row in rows if _question(row) not in seen]
     else:
         parts["test"], rows = rows[: split["test"]], rows[split["test"] :]
     parts["tuning"], parts["train"] = rows[: split["tuning"]], rows[split["tuning"] :]
     for name, part in parts.items():
-        if len(part) < split.get(name, 1):
-            raise UsageError(f"the files leave too few rows for the part {name}: {len(part)} of {split.get(name, 1)}.")
-    folder.mkdir(parents=True, exist_ok=True)
+        if len(part) < wanted.get(name, 1):
+            raise UsageError(f"the files leave too few rows for the part {name}: {len(part)} of {wanted.get(name, 1)}.")
     files = {name: folder / f"{name}.json" for name in parts}
     for name, part in parts.items():
+        files[name].parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(part)
         if files[name].exists() and files[name].read_text() != text:
             raise UsageError(f"{files[name]} holds other rows: choose another --output_dir.")
-        temporary = files[name].with_name(f".{name}.tmp")
+        temporary = files[name].with_name(f".{files[name].name}.tmp")
         temporary.write_text(text)
         temporary.replace(files[name])
     return files
@@ -299,11 +314,13 @@ class Runner:
     def __init__(self, args: ExperimentArguments, experiment: Experiment, files: dict[str, Path]) -> None:
         self.args, self.experiment, self.files = args, experiment, files
         self.folder = Path(args.output_dir) / "runs"
-        self.jobs = args.jobs or (1 if args.accelerate_config else torch.cuda.device_count() or os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0))
+        self.jobs = args.jobs or (1 if args.accelerate_config else torch.cuda.device_count() or min(8, cores))
         self.base = {"model_name_or_path": args.model_name_or_path, "train_file": files["train"], **experiment.recipe}
         all_devices = ",".join(map(str, range(torch.cuda.device_count())))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_devices).split(",")
         self.error: BaseException | None = None  # of the first run that failed
+        self.processes: set[subprocess.Popen] = set()  # that are running
         self.devices: Queue[str] = Queue()
         for i in range(self.jobs):
             self.devices.put(visible[i % len(visible)])
@@ -331,20 +348,39 @@ class Runner:
             self.error = self.error or error
             raise
         name = Path(flags["output_dir"]).relative_to(self.folder)
-        print(f"{what}  {name}  validation loss {run['final_validation_loss']:.4f}", flush=True)
+        loss = run.get("final_validation_loss")
+        print(f"{what}  {name}  " + (f"validation loss {loss:.4f}" if loss is not None else run["error"]), flush=True)
         return run
+
+    def stop(self, *_: Any) -> None:
+        """Have the runs save and end, and begin no other."""
+        self.error = self.error or UsageError("stopped; the same command goes on from here.")
+        for process in list(self.processes):
+            process.terminate()
 
     def _run(self, flags: dict[str, Any]) -> dict:
         where = Path(flags["output_dir"])
-        if (run := read_run(where)) is None or run["status"] != "finished":
+
+        def diverged() -> bool:
+            """A trial whose loss is not finite is one that is worse than all others."""
+            run = read_run(where)
+            return flags["seed"] == self.experiment.tuning_seed and bool(run and run.get("diverged"))
+
+        if not diverged() and ((run := read_run(where)) is None or run["status"] != "finished"):
             values = flags | {"resume_from_checkpoint": "auto", "save_total_limit": 1}
             values |= {} if "save_steps" in flags else {"save_steps": 20}
             launch = ["-m", "accelerate.commands.launch", "--config_file", self.args.accelerate_config]
-            self._process([*(launch if self.args.accelerate_config else []), "train_ist.py", *as_argv(values)], where)
-            run = read_run(where)
+            argv = [*(launch if self.args.accelerate_config else []), "train_ist.py", *as_argv(values)]
+            self._process(argv, where, may_fail=diverged)
+        run = read_run(where)
         # Not what the model decides.
         asked = {k: v for k, v in vars(arguments_of(train_ist(), flags)).items() if v not in (None, "auto")}
-        if differing := differing_keys(run["configuration"], asked):
+        differing = differing_keys(run["configuration"], asked)
+        # A run may go on with other values of these; results beside each other may not have them.
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps"):
+            if key in asked and run["configuration"][key] != asked[key]:
+                differing += f"{', ' if differing else ''}{key} ({run['configuration'][key]} there, {asked[key]} here)"
+        if differing:
             raise UsageError(f"{where} holds a run of another configuration: {differing}. Choose another --output_dir.")
         if self.experiment.evaluate and flags["validation_file"] == self.files["test"]:
             self.evaluate(where)
@@ -353,7 +389,8 @@ class Runner:
     def evaluate(self, run: Path | None) -> None:
         """Answers of a run's result on the test rows, or of the model as it is."""
         where = run / "evaluation" if run else self.folder / "base"
-        values = {"model_name_or_path": self.args.model_name_or_path, "test_file": self.files["test"]}
+        tests = [file for name, file in self.files.items() if name.startswith("test/")] or [self.files["test"]]
+        values = {"model_name_or_path": self.args.model_name_or_path, "test_file": tests}
         values |= {"prompt_template": self.base.get("prompt_template", "alpaca"), "output_dir": where}
         values |= {"dtype": self.base.get("dtype", "auto"), **self.experiment.evaluate}
         if run and (run / "adapter").exists():
@@ -367,9 +404,9 @@ class Runner:
             return
         self._process(["-m", "ist.evaluate", *as_argv(values)], where)
 
-    def _process(self, argv: list[str], where: Path) -> None:
+    def _process(self, argv: list[str], where: Path, may_fail: Callable[[], bool] = lambda: False) -> None:
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         device = self.devices.get()
         try:
@@ -380,10 +417,15 @@ class Runner:
             where.parent.mkdir(parents=True, exist_ok=True)
             log = where.parent / f"{where.name}.log"
             with open(log, "a") as file:
-                done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, stdout=file, stderr=file)
-            if done.returncode:
+                process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=environment, stdout=file, stderr=file)
+                self.processes.add(process)
+                code = process.wait()
+            self.processes.discard(process)
+            if code and self.error:
+                raise self.error
+            if code and not may_fail():
                 last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
-                self.error = UsageError(f"a run ended with exit code {done.returncode}; {log} ends: {last}")
+                self.error = UsageError(f"a run ended with exit code {code}; {log} ends: {last}")
                 raise self.error
         finally:
             self.devices.put(device)
@@ -391,6 +433,11 @@ class Runner:
 
 def middle(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def lowest(tried: dict[float, float]) -> float:
+    """The value with the lowest loss, the first of equals; if all diverge the smallest."""
+    return min(tried, key=lambda value: (tried[value], value if tried[value] == math.inf else 0))
 
 
 def next_value(values: Sequence[float], tried: dict[float, float]) -> float | None:
@@ -402,7 +449,7 @@ def next_value(values: Sequence[float], tried: dict[float, float]) -> float | No
     order = sorted(values)
     if not tried:
         return middle(values)
-    best = order.index(min(tried, key=tried.get))
+    best = order.index(lowest(tried))
     sides = [order[i] for i in (best + 1, best - 1) if 0 <= i < len(order)]
     return next((value for value in sides if value not in tried), None)
 
@@ -414,9 +461,13 @@ def tune_arm(runner: Runner, arm: Arm) -> tuple[dict[str, float], list[dict]]:
         tried: dict[float, float] = {}
         while (value := next_value(values, tried)) is not None:
             flags = runner.flags(arm, best | {key: value}, runner.experiment.tuning_seed)
-            tried[value] = runner.run(flags, "tuning")["final_validation_loss"]
-            trials.append({"arm": arm.name, "key": key, "values": best | {key: value}, "loss": tried[value]})
-        best[key] = min(tried, key=tried.get)
+            run = runner.run(flags, "tuning")
+            tried[value] = math.inf if run.get("diverged") else run["final_validation_loss"]
+            loss = None if run.get("diverged") else tried[value]
+            trials.append({"arm": arm.name, "key": key, "values": best | {key: value}, "loss": loss})
+        best[key] = lowest(tried)
+        if tried[best[key]] == math.inf:
+            raise UsageError(f"{arm.name} diverges at every {key} that was tried: {', '.join(map(str, tried))}.")
     return best, trials
 
 
@@ -492,15 +543,16 @@ def result_of(run: Path) -> dict[str, Any]:
         "folder": str(run),
         "validation": [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line],
         "loss": [round(line["loss"], 5) for line in steps],
-        # Of windows of ten steps, which each hold their share of probes: being held up once does not count.
-        "step_seconds": statistics.median(statistics.mean(seconds[i : i + 10]) for i in range(0, len(seconds), 10)),
+        # Means of ten steps, which each hold their share of probes.
+        "seconds_of_ten": [round(statistics.mean(seconds[i : i + 10]), 3) for i in range(0, len(seconds), 10)],
         "trained_counts": record["trained_counts"],
         "updates": [{"step": u["step"], "probabilities": [round(p, 5) for p in u["probabilities"]]} for u in updates],
         "commit": record["commit"],
     }
     file = run / "evaluation" / "summary.json"
     if file.exists():
-        result["exact"] = json.loads(file.read_text())["average"]
+        summary = json.loads(file.read_text())
+        result |= {"exact": summary["average"], "tasks": {k: v["accuracy"] for k, v in summary["tasks"].items()}}
     return result | {"trained_layers": [line["trained_layers"] for line in steps]}
 
 
@@ -524,7 +576,7 @@ def paired(one: dict[int, float], two: dict[int, float]) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Markdown: arms with their tuned values; then differences in pairs, of the losses and of the answers."""
+    """Markdown: arms with their tuned values; differences in pairs, of losses and of answers; how it was got."""
     arms, base = results["arms"], results["base"]
     final = {name: {run["seed"]: run["validation"][-1][1] for run in arm["runs"]} for name, arm in arms.items()}
     exact = {name: {r["seed"]: r["exact"] for r in arm["runs"] if "exact" in r} for name, arm in arms.items()}
@@ -537,12 +589,12 @@ def tables(results: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                ", ".join(f"{key} {value}" for key, value in arm["tuned"].items()),
+                f"as {arm['tuned_as']}" if arm["tuned_as"] else ", ".join(f"{k} {v}" for k, v in arm["tuned"].items()),
                 str(runs[0]["validation"][-1][0]),
                 mean_sd(list(final[name].values()), ".4f"),
                 mean_sd([math.exp(loss) for loss in final[name].values()], ".2f"),
                 mean_sd(list(exact[name].values()), ".1f", 100),
-                f"{statistics.median(run['step_seconds'] for run in runs):.2f}",
+                f"{arm['step_seconds']:.2f}",
                 f"{arm['bytes']['saved'] / 1e6:.0f}",
             ]
         )
@@ -564,7 +616,43 @@ def tables(results: dict[str, Any]) -> str:
                 pairs.append([f"{one} − {two}", what, f"{scale * found['mean']:+{digits}}{spread}", " … ".join(ends)])
     if pairs:
         lines += ["", *markdown_table(["paired over seeds", "of", "mean ± sd", "95 % interval"], pairs)]
+    seeds = [str(run["seed"]) for run in next(iter(arms.values()))["runs"]]
+    lines += [
+        "",
+        f"Of {results['test_rows']} rows that neither training nor tuning has seen, mean ± standard deviation over the "
+        f"seeds {', '.join(seeds)}. Intervals: Student's t over the seeds, on the same rows. Of losses less is better, "
+        f"of answers more. Seconds: the median of means of ten steps, {results['jobs']} at a time on this machine. "
+        + where_and_when(results),
+    ]
     return "\n".join(lines)
+
+
+def where_and_when(results: dict[str, Any]) -> str:
+    """Of the runs themselves, whenever and wherever their table is made."""
+    hardware = ", ".join(f"{key} {value}" for key, value in results["hardware"].items())
+    versions = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
+    tuned = f" (tuned at {results['tuning_commit']})" if results["tuning_commit"] not in ("", results["commit"]) else ""
+    return f"Runs of {results['date']}, commit {results['commit']}{tuned}; {hardware}; {versions}."
+
+
+def provenance(finals: Sequence[dict], trials: Sequence[dict]) -> dict[str, Any]:
+    """{date, commit, tuning_commit, hardware, versions} out of run.json of all runs.
+
+    Raises:
+        UsageError: batches differ, so that the runs cannot stand beside each other.
+    """
+
+    def listed(values: Iterable) -> str:
+        return ", ".join(sorted({str(value) for value in values}))
+
+    sizes = {run["configuration"]["global_batch_size"] for run in [*finals, *trials]}
+    if len(sizes) > 1:
+        raise UsageError(f"runs differ in global_batch_size ({listed(sizes)}): choose another --output_dir.")
+    commits = [listed((run["commit"] or "none") for run in runs) for runs in (finals, trials)]
+    facts = {"date": listed(run["end"][:10] for run in finals), "commit": commits[0], "tuning_commit": commits[1]}
+    for name in ("hardware", "versions"):
+        facts[name] = {key: listed(run[name][key] for run in finals) for key in finals[0][name]}
+    return facts
 
 
 def tuning_table(trials: Sequence[dict]) -> str:
@@ -572,11 +660,12 @@ def tuning_table(trials: Sequence[dict]) -> str:
     rows = []
     for one in trials:
         values = [other for other in trials if (other["arm"], other["key"]) == (one["arm"], one["key"])]
-        best = min(values, key=lambda other: other["loss"])["values"] == one["values"]
-        tried = sorted(other["values"][one["key"]] for other in values)
-        at_end = best and len(tried) > 1 and one["values"][one["key"]] in (tried[0], tried[-1])
+        losses = {other["values"][one["key"]]: math.inf if other["loss"] is None else other["loss"] for other in values}
+        best = lowest(losses) == one["values"][one["key"]]
+        at_end = best and len(losses) > 1 and one["values"][one["key"]] in (min(losses), max(losses))
         mark = "best, at an end of what was tried" if at_end else "best" if best else ""
-        rows.append([one["arm"], ", ".join(f"{k} {v}" for k, v in one["values"].items()), f"{one['loss']:.4f}", mark])
+        loss = "diverged" if one["loss"] is None else f"{one['loss']:.4f}"
+        rows.append([one["arm"], ", ".join(f"{k} {v}" for k, v in one["values"].items()), loss, mark])
     return "\n".join(markdown_table(["arm", "values", "loss on the tuning rows", ""], rows))
 
 
@@ -604,26 +693,35 @@ def main(argv: Sequence[str]) -> int:
             plan_layers(arguments_of(train_ist(), runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
         except UsageError as error:
             raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
-    if experiment.evaluate:
-        runner.evaluate(None)
-    tuned, trials = train_all(runner, arms, experiment.seeds)
+    before = signal.signal(signal.SIGTERM, runner.stop)
+    try:
+        if experiment.evaluate:
+            runner.evaluate(None)
+        tuned, trials = train_all(runner, arms, experiment.seeds)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values()]
     everything = [runner.flags(arm, tuned[arm.name], seed) for arm, seed in runs]
 
     results: dict[str, Any] = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "arms": {}}
     results |= {"trials": trials, "pairs": experiment.pairs}
+    finals = [read_run(Path(flags["output_dir"])) for flags in everything]
+    tuning = [runner.flags(arms[one["arm"]], one["values"], experiment.tuning_seed) for one in trials]
     # Tables in a README make a checkout differ from its commit: what counts is where the runs were.
-    results["commit"] = ", ".join(sorted({read_run(Path(f["output_dir"]))["commit"] or "none" for f in everything}))
+    results |= provenance(finals, [read_run(Path(flags["output_dir"])) for flags in tuning])
+    results |= {"jobs": runner.jobs, "test_rows": len(json.loads(files["test"].read_text()))}
     results["text"] = all(file.endswith(".txt") for file in args.train_file)
     results["scoring"] = (experiment.evaluate or {}).get("scoring", "generation")
-    record = read_run(Path(everything[0]["output_dir"]))["configuration"]
+    record = finals[0]["configuration"]
     for (arm, seed), flags in zip(runs, everything, strict=True):
         entry = results["arms"].setdefault(
-            arm.name, {"settings": arm.settings, "tuned": tuned[arm.name], "runs": [], "flags": flags}
+            arm.name,
+            {"settings": arm.settings, "tuned": tuned[arm.name], "tuned_as": arm.tuned_as, "runs": [], "flags": flags},
         )
         entry["runs"].append(result_of(Path(flags["output_dir"])) | {"seed": seed})
     for entry in results["arms"].values():
         layers = [layers for run in entry["runs"] for layers in run.pop("trained_layers")]
+        entry["step_seconds"] = statistics.median(chain.from_iterable(run["seconds_of_ten"] for run in entry["runs"]))
         tokens = record["train_tokens"] / record["train_rows"]
         entry["bytes"] = bytes_by_part(entry.pop("flags"), layers, tokens)
         unmasked = read_run(Path(entry["runs"][0]["folder"])).get("id3")
@@ -647,9 +745,6 @@ def main(argv: Sequence[str]) -> int:
             (target.parent / f"{target.stem}-{picture.name}").write_bytes(picture.read_bytes())
     sections = [("Results", table), *((picture.stem.capitalize(), picture) for picture in pictures)]
     sections += [("Tuning", tuning_table(trials)), ("Command", command)]
-    facts = json.loads((folder / "experiment.json").read_text())
-    where = ", ".join(f"{key} {value}" for key, value in {**facts["versions"], **facts["hardware"]}.items())
-    sections.append(("Where and when", f"{facts['date']}, commit {facts['commit']}; {where}; seeds {experiment.seeds}"))
     html_page(folder / "index.html", results["name"], sections)
     print(f"{folder / 'index.html'}")
     return 0

@@ -473,7 +473,7 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     """Validation loss of each arm over steps and over time, and its memory by part (paper, Figure 1).
 
     Args:
-        arms: {name: {runs: [{validation: [[step, loss]], step_seconds}], bytes: {part: bytes}}}; lines are means over
+        arms: {name: {runs: [{validation: [[step, loss]]}], step_seconds, bytes: {part: bytes}}}; lines are means over
             runs, bands their range.
     """
     figure = Figure(figsize=(15, max(4.6, 1.5 + 0.3 * len(arms))), layout="constrained")
@@ -482,8 +482,7 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     for colour, (name, arm) in zip(colours, arms.items(), strict=True):
         steps = np.array([step for step, _ in arm["runs"][0]["validation"]])
         losses = np.array([[loss for _, loss in run["validation"]] for run in arm["runs"]])
-        seconds = np.median([run["step_seconds"] for run in arm["runs"]])
-        for axis, at in ((by_step, steps), (by_time, steps * seconds)):
+        for axis, at in ((by_step, steps), (by_time, steps * arm["step_seconds"])):
             axis.plot(at, losses.mean(axis=0), marker=".", color=colour, lw=1.4, label=name)
             axis.fill_between(at, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, lw=0)
     by_step.set(xlabel="optimizer step", ylabel="validation loss", title="Validation loss, mean and range over seeds")
@@ -500,10 +499,9 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     for part, shade in shades.items():
         sizes = np.array([arms[name]["bytes"][part] / 1e6 for name in names])
         label = {"saved": "saved for the backward"}.get(part, part)
-        bars = memory.barh(names, sizes, left=ends, color=shade, label=label)
+        memory.barh(names, sizes, left=ends, color=shade, label=label)
         ends += sizes
-    memory.bar_label(bars, [f"{end:.0f}" for end in ends], padding=3)
-    memory.set(xlabel="MB, mean over steps", title="Memory by part, counted")
+    memory.set(xlabel="MB; saved for the backward: mean over steps", title="Memory by part, counted")
     memory.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.35, 1.06), ncols=4)
     memory.margins(x=0.15)
     figure.savefig(path, dpi=110)

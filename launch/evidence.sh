@@ -4,9 +4,9 @@
 #   launch/evidence.sh DATA [PART ...]
 #
 # DATA is a folder with math/train.json (rows of word problems with worked answers, in LLM-Adapters' format) and
-# wikitext-2/valid.txt and test.txt, and commonsense/{ARC-Challenge,ARC-Easy,boolq,openbookqa}/train.json. Parts, all of
-# them if none is named: arithmetic, wikitext-2, commonsense, layers. Hours on two CPU cores; stopped at any time, it
-# goes on from there. Tables and pictures go to launch/results/ and README.md.
+# wikitext-2/valid.txt and test.txt, and of commonsense/ {ARC-Challenge,ARC-Easy,boolq}/{train,test}.json and
+# openbookqa/train.json. Parts, all of them if none is named: arithmetic, wikitext-2, commonsense, layers. Hours on two
+# CPU cores; stopped at any time, it goes on from there. Tables and pictures go to launch/results/ and README.md.
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 [ -d "${1:-}" ] || { echo "error: DATA must be a folder; got ${1:-nothing}. See launch/evidence.sh --help" >&2; exit 2; }
@@ -28,30 +28,38 @@ experiment() { # NAME [--key value ...]
   case $1 in
     arithmetic) set -- "$@" --train_file "$data/math/train.json" ;;
     wikitext-2) set -- "$@" --train_file "$data/wikitext-2/valid.txt" --test_file "$data/wikitext-2/test.txt" ;;
-    commonsense) set -- "$@" --train_file "$data/commonsense/"{ARC-Challenge,ARC-Easy,boolq,openbookqa}/train.json ;;
+    commonsense)
+      set -- "$@" --train_file "$data/commonsense/"{ARC-Challenge,ARC-Easy,boolq,openbookqa}/train.json \
+        --test_file "$data/commonsense/"{ARC-Challenge,ARC-Easy,boolq}/test.json
+      ;;
   esac
   .venv/bin/python -m ist.experiment --experiment "launch/experiments/$1.yaml" --model_name_or_path $model \
     --output_dir "runs/$1" "${@:2}"
 }
 
-folder() { # EXPERIMENT ARM: that of the arm's first seed
-  .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arms"][sys.argv[2]]["runs"][0]["folder"])' \
-    "runs/$1/experiment.json" "$2"
+folder() { # EXPERIMENT ARM SEED: of a run, by its number among the seeds
+  .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arms"][sys.argv[2]]["runs"][int(sys.argv[3])]["folder"])' \
+    "runs/$1/experiment.json" "$2" "$3"
 }
 
-layers() { # of both experiments, which must have been run
-  local ranks name
+layers() { # of both experiments
+  local ranks name full adapter
   ranks=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
   if [ "$ranks" = 0 ]; then export ACCELERATE_USE_CPU=true; ranks=$(nproc); fi
   for name in arithmetic wikitext-2; do
+    [ -f "runs/$name/experiment.json" ] || { echo "error: run the part $name first" >&2; exit 2; }
     case $name in
       arithmetic) text=(--rows_file runs/arithmetic/data/test.json) ;;
       wikitext-2) text=(--text_file "$data/wikitext-2/test.txt" --max_length 256) ;;
     esac
+    adapter=$(folder $name LoRA 0)/adapter
+    full=$(folder $name 'full fine-tuning' 0)/model
+    importance=()
+    for i in 0 1 2; do importance+=("$(folder $name 'IST 8' $i)"); done
     .venv/bin/accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes "$ranks" \
-      -m ist.analyze --model_name_or_path $model --adapter "$(folder $name LoRA)/adapter" --dtype bfloat16 \
-      "${text[@]}" --max_tokens 1024 --output_dir "runs/layers/$name" --importance "$(folder $name 'IST 8')" \
-      --lines "full fine-tuning=$(folder $name 'full fine-tuning')/model"
+      -m ist.analyze --model_name_or_path $model --adapter "$adapter" --dtype bfloat16 \
+      "${text[@]}" --max_tokens 1024 --output_dir "runs/layers/$name" --importance "${importance[@]}" \
+      --lines "full fine-tuning=$full"
   done
 }
 
@@ -62,8 +70,8 @@ done
 for part in $parts; do
   if [ "$part" = layers ]; then
     # Figure 4: the scores of both tasks side by side.
-    .venv/bin/python -m ist.report --importance "arithmetic=$(folder arithmetic 'IST 8')" \
-      "wikitext-2=$(folder wikitext-2 'IST 8')" --output_dir launch/results
+    .venv/bin/python -m ist.report --importance "arithmetic=$(folder arithmetic 'IST 8' 0)" \
+      "wikitext-2=$(folder wikitext-2 'IST 8' 0)" --output_dir launch/results
     for name in arithmetic wikitext-2; do
       cp "runs/layers/$name/analysis.json" "launch/results/layers-$name.json"
       cp "runs/layers/$name/layers.png" "launch/results/layers-$name.png"

@@ -338,6 +338,10 @@ def test_lines_and_the_picture(folder, whole, tmp_path, monkeypatch):
         assert drawn[f"{direction} important first"] == curve
     for name, loss in analysis["losses"].items():
         assert drawn[f"{name}: {loss:.3f}"] == [loss, loss]
+    torch.nn.init.zeros_(other.lm_head.weight)  # trained anew in the same folder: measured again
+    other.save_pretrained(tmp_path / "model")
+    run(folder, tmp_path / "out", "--lines", *lines)
+    assert result(tmp_path / "out")["losses"]["full fine-tuning"] == pytest.approx(math.log(other.config.vocab_size))
 
 
 def test_the_printed_flags_train_the_ends_of_the_order(folder, whole, capsys):
@@ -374,7 +378,7 @@ def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     (tmp_path / "importance.jsonl").write_text("".join(json.dumps(line) + "\n" for line in updates))
     run(folder, tmp_path / "out", "--importance", tmp_path)  # a run's folder, or the file
     analysis = result(tmp_path / "out")
-    assert analysis["importance"] == compare_importance(analysis, [0.5, 3, -1, 0])
+    assert analysis["importance"] == {str(tmp_path): compare_importance(analysis, [0.5, 3, -1, 0])}
     (tmp_path / "importance.jsonl").write_text('{"step": 4, "scores": [1, 2, 3]}\n')
     with pytest.raises(UsageError, match="has 3 scores, the adapter 4 layers"):
         run(folder, tmp_path / "out", "--importance", tmp_path / "importance.jsonl")

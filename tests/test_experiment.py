@@ -1,8 +1,10 @@
 """Arms beside each other: what is tuned, what is compared, and that nothing is run twice."""
 
 import json
+import math
 import statistics
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -105,10 +107,10 @@ def few_processes(monkeypatch):
     """The first run is a process of its own, as for users; the others are run in this one, without its start."""
     real, started = experiment.Runner._process, []
 
-    def process(runner, argv, where):
+    def process(runner, argv, where, **options):
         started.append(argv)
         if len(started) == 1:
-            return real(runner, argv, where)
+            return real(runner, argv, where, **options)
         reset_accelerate()
         main = experiment.train_ist().main if argv[0] == "train_ist.py" else evaluate.main
         assert main([part for part in argv if part not in ("train_ist.py", "-m", "ist.evaluate")]) == 0
@@ -241,6 +243,17 @@ def test_answers_in_words(tiny, write, tmp_path, capsys, few_processes):
     assert "right answers, %" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "launch/experiments").glob("*.yaml")))
+def test_the_readmes_tables_are_those_of_their_files(name):
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+    file = ROOT / f"launch/results/{name}.json"
+    if file.exists():
+        assert table == experiment.tables(json.loads(file.read_text()))
+    else:
+        assert table.startswith("not run")
+
+
 def test_tuning_finds_the_lowest_of_a_valley():
     for count in range(1, 7):
         for lowest in range(count):
@@ -300,11 +313,66 @@ def test_parts_do_not_overlap_and_are_the_same_whatever_the_order(tmp_path):
     parts = {part: [row["instruction"] for row in json.loads(file.read_text())] for part, file in files.items()}
     assert len(parts["test"]) == 3 and len(parts["tuning"]) == 7 and len(parts["train"]) == 40
     assert not set(parts["test"]) & {*parts["tuning"], *parts["train"]}
+    # Of several test files each gives its share, and is a file of its own.
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps(arithmetic_rows(8, seed=len(name), held_out=True)))
+    args.test_file = [str(tmp_path / name / "test.json") for name in ("one", "two")]
+    files = experiment.write_parts(args, {"test": 9, "tuning": 7}, tmp_path / "e")
+    one, two, test = (json.loads(files[name].read_text()) for name in ("test/one", "test/two", "test"))
+    assert (len(one), len(two)) == (4, 4) and test == one + two
     args.test_file = None
     with pytest.raises(UsageError, match="too few rows"):
         experiment.write_parts(args, {"test": 9, "tuning": 41}, tmp_path / "c")
     with pytest.raises(UsageError, match="other rows"):
         experiment.write_parts(args, {"test": 8, "tuning": 7}, tmp_path / "b")
+
+
+def test_a_question_with_other_spaces_stands_in_one_part_only(tmp_path):
+    def row(i: int, words: str) -> dict:
+        return {"instruction": words.format(i), "output": str(i)}
+
+    wordings = ("A drawer holds {} pens . How many ?", "a drawer  holds {} pens. How many?")
+    (tmp_path / "rows.json").write_text(json.dumps([row(i, words) for words in wordings for i in range(30)]))
+    args = experiment.ExperimentArguments("", "", [str(tmp_path / "rows.json")], str(tmp_path / "out"))
+    files = experiment.write_parts(args, {"test": 10, "tuning": 10}, tmp_path / "out")
+    answers = [row["output"] for file in files.values() for row in json.loads(file.read_text())]
+    assert sorted(answers) == sorted(map(str, range(30)))
+
+
+def test_a_trial_that_diverges_is_the_worst(tiny, many_rows, write, tmp_path, few_processes):
+    assert experiment.next_value([1, 2, 3], {2: math.inf, 3: math.inf}) == 1
+    assert experiment.next_value([1, 2, 3], {2: 0.5, 3: math.inf}) == 1
+    assert experiment.lowest({2: math.inf, 1: math.inf, 3: 0.5}) == 3
+    table = experiment.tuning_table(
+        [
+            {"arm": "a", "key": "learning_rate", "values": {"learning_rate": 1.0}, "loss": 0.5},
+            {"arm": "a", "key": "learning_rate", "values": {"learning_rate": 2.0}, "loss": None},
+        ]
+    )
+    assert "| 1.0" not in table and "diverged" in table.splitlines()[3] and "best" in table.splitlines()[2]
+    values = {"train_file": many_rows, "output_dir": tmp_path / "out", "model_name_or_path": tiny, "jobs": 1}
+    values["experiment"] = write(evaluate=None, tuning={"seed": 100, "grid": {"learning_rate": [1e30]}})
+    for _ in range(2):  # and is not run again
+        with pytest.raises(UsageError, match=r"LoRA diverges at every learning_rate that was tried: 1e\+30"):
+            experiment.main([*arguments(**values), "--arms", "LoRA"])
+        reset_accelerate()
+    assert len(few_processes) == 1
+
+
+def test_when_it_is_stopped_it_stops_its_runs(tiny, many_rows, write, tmp_path):
+    args = experiment.ExperimentArguments(write(), str(tiny), [str(many_rows)], str(tmp_path / "out"), jobs=1)
+    runner = experiment.Runner(args, experiment.Experiment.read(write(), None), {"train": many_rows})
+    with ThreadPoolExecutor(2) as pool:
+        argv = ["-c", "import time; time.sleep(600)"]
+        runs = [pool.submit(runner._process, argv, tmp_path / "a" / name) for name in "bc"]
+        while not runner.processes:
+            time.sleep(0.01)
+        runner.stop()
+        for run in runs:  # the one that was running, and the one that waited for its place
+            with pytest.raises(UsageError, match="stopped; the same command goes on from here"):
+                run.result(timeout=60)
+    assert len(list((tmp_path / "a").iterdir())) == 1
 
 
 def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
@@ -348,6 +416,11 @@ def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
             {"arms": FILE["arms"] | {"b": {"lisa_interval": 3}}},
             {"model_name_or_path": "TINY"},
             "b: --lisa_interval must be",
+        ),
+        (
+            {"arms": FILE["arms"] | {"r": {"selection": "random"}, "b": {"tuned_as": "r", "top_of": "r"}}},
+            {},
+            "b cannot be top_of r, which learns no importance",
         ),
         ({"tuning": None}, {}, "is not like the files of launch/experiments/"),
         ({}, {"experiment": "none.yaml"}, "none.yaml: No such file"),
