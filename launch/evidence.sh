@@ -49,7 +49,7 @@ layers() { # of both experiments
   for name in arithmetic wikitext-2; do
     [ -f "runs/$name/experiment.json" ] || { echo "error: run the part $name first" >&2; exit 2; }
     case $name in
-      arithmetic) text=(--rows_file runs/arithmetic/data/test.json) ;;
+      arithmetic) text=(--rows_file runs/arithmetic/data/tuning.json) ;; # arms may train by what is found: not on test rows
       wikitext-2) text=(--text_file "$data/wikitext-2/test.txt" --max_length 256) ;;
     esac
     adapter=$(folder $name LoRA 0)/adapter
