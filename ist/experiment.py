@@ -44,6 +44,7 @@ from ist.report import (
     METRICS,
     differing_keys,
     html_page,
+    keep_lines,
     markdown_table,
     plot_arms,
     plot_importance_panels,
@@ -52,9 +53,10 @@ from ist.report import (
     read_run,
     require_writable,
 )
-from ist.speed import arguments_of, as_argv, train_ist
+from ist.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns, train_ist
 
 ROOT = Path(__file__).parent.parent
+BESIDE = 3  # arms that are timed beside the first one at once: all are in memory
 PIECE = 1200  # characters of a row made of plain text: more than max_length, so that none ends in the middle of a text
 
 
@@ -537,14 +539,11 @@ def result_of(run: Path) -> dict[str, Any]:
     """What a table needs of a finished run: losses over steps, seconds per step, layers trained, answers."""
     record, lines = read_run(run), read_lines(run / METRICS)
     steps = [line for line in lines if "loss" in line]
-    seconds = [line["step_seconds"] for line in steps]
     updates = read_lines(run / IMPORTANCE)
     result = {
         "folder": str(run),
         "validation": [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line],
         "loss": [round(line["loss"], 5) for line in steps],
-        # Means of ten steps, which each hold their share of probes.
-        "seconds_of_ten": [round(statistics.mean(seconds[i : i + 10]), 3) for i in range(0, len(seconds), 10)],
         "trained_counts": record["trained_counts"],
         "updates": [{"step": u["step"], "probabilities": [round(p, 5) for p in u["probabilities"]]} for u in updates],
         "commit": record["commit"],
@@ -554,6 +553,48 @@ def result_of(run: Path) -> dict[str, Any]:
         summary = json.loads(file.read_text())
         result |= {"exact": summary["average"], "tasks": {k: v["accuracy"] for k, v in summary["tasks"].items()}}
     return result | {"trained_layers": [line["trained_layers"] for line in steps]}
+
+
+def measure_seconds(file: Path, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{arm: {step_seconds, ratio: to the first arm's, interval: 95 %, by bootstrap of steps}}.
+
+    Each arm takes turns with the first one, step by step, a few arms at a time and nothing else: runs beside each other
+    hold one another up. What `file` has is not measured again.
+
+    Args:
+        arms: {name: keys of train_ist.py}; those that differ only in what does not change a step are timed once.
+    """
+
+    def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in keys}
+
+    own = ("output_dir", "max_steps", "validation_file", "eval_steps")
+    settings = {name: without(flags, *own) for name, flags in arms.items()}
+    alike = {name: without(flags, "seed", "learning_rate", "score_lr") for name, flags in settings.items()}
+    text = {name: json.dumps(values, sort_keys=True, default=str) for name, values in alike.items()}
+    lines = {line["settings"]: line for line in read_lines(file)}
+    first = next(iter(arms))
+    others = {text[name]: name for name in reversed(arms) if text[name] != text[first]} or {text[first]: first}
+    names = [name for name in reversed(others.values()) if text[name] not in lines]
+    steps = WINDOW * (11 if torch.cuda.is_available() else 3)
+    keep_lines(file, lambda line: True)
+    for i in range(0, len(names), BESIDE):
+        group = {f"arm {name}": settings[name] for name in (first, *names[i : i + BESIDE])}
+        found = take_turns(group, steps, False, lambda line: print(f"seconds  {line}", flush=True))
+        for name in names[i : i + BESIDE]:
+            this, beside = found[f"arm {name}"], found[f"arm {first}"]
+            ratio, interval = ratio_of([this | {"bare": beside["turns"]}])
+            line = {"settings": text[name], "seconds": this["total"], "first": beside["total"]}
+            lines[text[name]] = line | {"ratio": ratio, "interval": interval}
+            with open(file, "a") as stream:
+                stream.write(json.dumps(lines[text[name]]) + "\n")
+    reference = statistics.median(lines[text[name]]["first"] for name in arms if text[name] in lines)
+    itself = {"ratio": 1.0, "interval": [1.0, 1.0]}
+    kept = {name: itself if text[name] == text[first] else lines[text[name]] for name in arms}
+    return {
+        name: {"step_seconds": one["ratio"] * reference, "ratio": one["ratio"], "interval": one["interval"]}
+        for name, one in kept.items()
+    }
 
 
 def mean_sd(values: Sequence[float | None], digits: str, scale: float = 1) -> str:
@@ -583,9 +624,9 @@ def tables(results: dict[str, Any]) -> str:
     answers, text = any(exact.values()), results["text"]
     rows = []
     cells = [f"{base['validation']:.4f}", f"{math.exp(base['validation']):.2f}"]
-    rows.append(["as it is", "", "0", *cells, f"{100 * base.get('exact', 0):.1f}", "", ""])
+    rows.append(["as it is", "", "0", *cells, f"{100 * base.get('exact', 0):.1f}", "", "", ""])
     for name, arm in arms.items():
-        runs = arm["runs"]
+        runs, (low, high) = arm["runs"], arm["interval"]
         rows.append(
             [
                 name,
@@ -595,12 +636,13 @@ def tables(results: dict[str, Any]) -> str:
                 mean_sd([math.exp(loss) for loss in final[name].values()], ".2f"),
                 mean_sd(list(exact[name].values()), ".1f", 100),
                 f"{arm['step_seconds']:.2f}",
+                f"{arm['ratio']:.2f} ({low:.2f} … {high:.2f})" if arm["ratio"] != 1 else "1",
                 f"{arm['bytes']['saved'] / 1e6:.0f}",
             ]
         )
     header = ["arm", "tuned", "steps", "validation loss", "perplexity"]
     answered = "exact answers" if results["scoring"] == "generation" else "right answers"
-    header += [f"{answered}, %", "seconds per step", "saved for the backward, MB"]
+    header += [f"{answered}, %", "seconds per step", f"of {next(iter(arms))}'s", "saved for the backward, MB"]
     unknown = {"perplexity"} if not text else set()
     unknown |= {f"{answered}, %"} if not answers else set()
     keep = [i for i, name in enumerate(header) if name not in unknown]
@@ -621,8 +663,7 @@ def tables(results: dict[str, Any]) -> str:
         "",
         f"Of {results['test_rows']} rows that neither training nor tuning has seen, mean ± standard deviation over the "
         f"seeds {', '.join(seeds)}. Intervals: Student's t over the seeds, on the same rows. Of losses less is better, "
-        f"of answers more. Seconds: the median of means of ten steps, {results['jobs']} at a time on this machine. "
-        + where_and_when(results),
+        f"of answers more. Seconds: arms take turns step by step, after all runs. " + where_and_when(results),
     ]
     return "\n".join(lines)
 
@@ -709,7 +750,7 @@ def main(argv: Sequence[str]) -> int:
     tuning = [runner.flags(arms[one["arm"]], one["values"], experiment.tuning_seed) for one in trials]
     # Tables in a README make a checkout differ from its commit: what counts is where the runs were.
     results |= provenance(finals, [read_run(Path(flags["output_dir"])) for flags in tuning])
-    results |= {"jobs": runner.jobs, "test_rows": len(json.loads(files["test"].read_text()))}
+    results["test_rows"] = len(json.loads(files["test"].read_text()))
     results["text"] = all(file.endswith(".txt") for file in args.train_file)
     results["scoring"] = (experiment.evaluate or {}).get("scoring", "generation")
     record = finals[0]["configuration"]
@@ -721,7 +762,6 @@ def main(argv: Sequence[str]) -> int:
         entry["runs"].append(result_of(Path(flags["output_dir"])) | {"seed": seed})
     for entry in results["arms"].values():
         layers = [layers for run in entry["runs"] for layers in run.pop("trained_layers")]
-        entry["step_seconds"] = statistics.median(chain.from_iterable(run["seconds_of_ten"] for run in entry["runs"]))
         tokens = record["train_tokens"] / record["train_rows"]
         entry["bytes"] = bytes_by_part(entry.pop("flags"), layers, tokens)
         unmasked = read_run(Path(entry["runs"][0]["folder"])).get("id3")
@@ -732,6 +772,9 @@ def main(argv: Sequence[str]) -> int:
     if experiment.evaluate:
         summary = json.loads((runner.folder / "base" / "summary.json").read_text())
         results["base"]["exact"] = summary["average"]
+    timed = measure_seconds(folder / "seconds.jsonl", {arm.name: flags for (arm, _), flags in zip(runs, everything)})
+    for name, entry in results["arms"].items():
+        entry |= timed[name]
     pictures = draw(results, folder)
     table = tables(results)
     print(table)

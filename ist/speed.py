@@ -159,7 +159,7 @@ class ArmProcess:
     """An arm as seen from the benchmark: a process that does `stride` steps at each `go`."""
 
     def __init__(self, arm: str, flags: dict[str, Any], stride: int, parts: bool) -> None:
-        asked = {key: str(value) for key, value in flags.items()}
+        asked = {key: value if isinstance(value, list) else str(value) for key, value in flags.items()}
         command = [sys.executable, "-m", "ist.benchmark", "arm", "--name", arm, "--flags", json.dumps(asked)]
         command += ["--stride", str(stride), *["--parts"] * parts]
         self.arm = arm
@@ -312,12 +312,11 @@ def arguments_of(job, flags: dict) -> Namespace:
 def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
     """Inside an arm's process: all its steps, in turn with the others."""
     turns, job = Turns(stride), train_ist()
-    settings = flags | ARMS[arm]
     if arm not in ("bare loop", "transformers.Trainer"):
-        turns.finish(run_ours(job, settings, parts, turns))
+        turns.finish(run_ours(job, flags, parts, turns))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args = arguments_of(job, settings)
+    args = arguments_of(job, flags)
     with _silent():
         Accelerator()
         plan_layers(args, sharded=False)
@@ -328,15 +327,18 @@ def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
     turns.finish({"peak_memory_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
 
 
-def take_turns(arms: Sequence[str], flags: dict, parts: bool, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """{arm: {total: seconds per step after the first window, turns: those of each turn of `stride` steps, parts}}."""
-    steps = int(flags["max_steps"])
+def take_turns(arms: dict[str, dict], steps: int, parts: bool, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """{arm: {total: seconds per step after the first window, turns: those of each turn of `stride` steps, parts}}.
+
+    Args:
+        arms: {name: keys of train_ist.py}.
+    """
     stride = WINDOW if torch.cuda.is_available() else 1
-    flags = flags | {"max_steps": steps + 1}  # the last is not counted: after it, a run saves
     with contextlib.ExitStack() as stack:
         processes = {}
-        for arm in arms:
-            processes[arm] = ArmProcess(arm, flags, stride, parts)
+        for arm, flags in arms.items():
+            # The last step is not counted: after it, a run saves.
+            processes[arm] = ArmProcess(arm, flags | {"max_steps": steps + 1}, stride, parts)
             stack.callback(processes[arm].close)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for step in range(0, steps, stride):
@@ -367,10 +369,10 @@ def measure_speed(
     results: dict[str, list[dict]] = {arm: [] for arm in arms}
     for turn in range(rounds):
         for group in groups:
-            settings = flags | {"seed": turn}
-            measured = take_turns(group, settings, not torch.cuda.is_available(), say)
+            settings, steps = {arm: flags | {"seed": turn} | ARMS[arm] for arm in group}, int(flags["max_steps"])
+            measured = take_turns(settings, steps, not torch.cuda.is_available(), say)
             if torch.cuda.is_available():  # which telling the parts apart holds up
-                for arm, parts in take_turns(group, settings, True, say).items():
+                for arm, parts in take_turns(settings, steps, True, say).items():
                     measured[arm] = parts | measured[arm]
             for arm, result in measured.items():
                 result |= {"bare": measured["bare loop"]["turns"]} if bare else {}

@@ -50,18 +50,19 @@ def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
 def test_an_arm_that_fails_is_named(tiny, tmp_path):
     with pytest.raises(RuntimeError, match="the arm ist ended with 2"):
         flags = {"model_name_or_path": tiny, "train_file": tmp_path / "no.json", "max_steps": 20}
-        speed.take_turns(["ist"], flags, True, lambda line: None)
+        speed.take_turns({"ist": flags}, 20, True, lambda line: None)
 
 
 def test_arms_take_turns_with_the_bare_loop_beside_each_group(monkeypatch):
     asked = []
 
-    def take_turns(arms, flags, parts, say):
-        asked.append((arms, flags["seed"]))
+    def take_turns(arms, steps, parts, say):
+        asked.append((list(arms), *{flags["seed"] for flags in arms.values()}))
+        assert steps == 30 and arms.get("ist", {"selection": "ist"})["selection"] == "ist"
         return {arm: {"total": 1.0, "turns": [len(asked) / 10]} for arm in arms}
 
     monkeypatch.setattr(speed, "take_turns", take_turns)
-    result = speed.measure_speed({}, ["all", "bare loop", "ist", "last"], 2, 2, lambda line: None)
+    result = speed.measure_speed({"max_steps": 30}, ["all", "bare loop", "ist", "last"], 2, 2, lambda line: None)
     groups = [["bare loop", "all", "ist"], ["bare loop", "last"]]
     assert asked == [(group, seed) for seed in (0, 1) for group in groups]
     assert [one["bare"] for one in result["last"]] == [[0.2], [0.4]]

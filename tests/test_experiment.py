@@ -116,6 +116,13 @@ def few_processes(monkeypatch):
         assert main([part for part in argv if part not in ("train_ist.py", "-m", "ist.evaluate")]) == 0
         reset_accelerate()
 
+    def take_turns(arms, steps, parts, say):
+        """IST's steps take 3 seconds, those of the others 2."""
+        took = {name: 3.0 if flags["selection"] == "ist" else 2.0 for name, flags in arms.items()}
+        assert steps == 30 and not parts and not any("output_dir" in flags for flags in arms.values())
+        return {name: {"total": took[name], "turns": [took[name]] * 20, "stride": 1} for name in arms}
+
+    monkeypatch.setattr(experiment, "take_turns", take_turns)
     monkeypatch.setattr(experiment.Runner, "_process", process)
     monkeypatch.setattr(experiment, "ThreadPoolExecutor", Inline)
     return started
@@ -190,6 +197,10 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page and "<td>IST</td>" in page
+    # Seconds are beside the first arm; arms whose steps are alike are timed once, and none again.
+    assert [arm["step_seconds"] for arm in result["arms"].values()] == [2, 3, 2]
+    assert "| 3.00 | 1.50 (1.50 … 1.50) |" in table and "of LoRA's" in table
+    assert len((folder / "seconds.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "published-curves.png").stat().st_size > 10_000
 
     # Again: nothing is run, and the same comes out.
