@@ -663,7 +663,8 @@ def tables(results: dict[str, Any]) -> str:
         "",
         f"Of {results['test_rows']} rows that neither training nor tuning has seen, mean ± standard deviation over the "
         f"seeds {', '.join(seeds)}. Intervals: Student's t over the seeds, on the same rows. Of losses less is better, "
-        f"of answers more. Seconds: arms take turns step by step, after all runs. " + where_and_when(results),
+        f"of answers more. Seconds: arms take turns step by step, after all runs, on all cores. "
+        + where_and_when(results),
     ]
     return "\n".join(lines)
 
