@@ -106,7 +106,7 @@ class Arm:
 
     Attributes:
         tune: {key: numbers}, of which `tune` tries some; the first key by itself, the next at the best of the first.
-        tuned_as: the arm whose tuned values it takes.
+        tuned_as: the arm whose tuned values it takes, but for those that it sets itself.
         top_of: the arm whose tuning run names the layers of highest importance, which this one trains.
     """
 
@@ -188,6 +188,8 @@ def _check(path: str, values: dict, arms: dict[str, Arm], experiment: Experiment
             if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
                 raise UsageError(f"{path}: {key} {value} is text in YAML: write {value.replace('e', '.0e')}.")
         for key, many in arm.tune.items():
+            if key in arm.settings:
+                raise UsageError(f"{path}: {arm.name} sets {key} and tunes it; set it in an arm with tuned_as.")
             if not isinstance(many, list) or not many or not all(type(value) in (int, float) for value in many):
                 raise UsageError(f"{path}: {arm.name} can tune {key} over a list of numbers only; got {many}.")
     whole = isinstance(experiment.seeds, list) and all(isinstance(seed, int) for seed in experiment.seeds)
@@ -495,7 +497,11 @@ def train_all(runner: Runner, arms: dict[str, Arm], seeds: Sequence[int]) -> tup
                     values, _ = tuned[arm.top_of].result()
                     wanted = arm.settings.get("trained_layers", 0.25)
                     arm.settings["fixed_layers"] = top_layers(runner, arms[arm.top_of], values, wanted)
-                values, trials = (tuned[arm.tuned_as].result()[0], []) if arm.tuned_as else tune_arm(runner, arm)
+                if arm.tuned_as:  # what an arm sets itself, it does not take over
+                    taken, trials = tuned[arm.tuned_as].result()[0], []
+                    values = {key: value for key, value in taken.items() if key not in arm.settings}
+                else:
+                    values, trials = tune_arm(runner, arm)
                 tuned[arm.name].set_result((values, trials))
             except BaseException as error:
                 tuned[arm.name].set_exception(error)

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,6 +295,22 @@ def test_a_best_value_at_an_end_of_what_was_tried_is_marked():
     assert marks == ["", "best", "", "", "best, at an end of what was tried"]
 
 
+def test_what_an_arm_sets_itself_it_does_not_take_over(tmp_path):
+    runner, done = object.__new__(experiment.Runner), []
+    runner.experiment, runner.folder, runner.base = SimpleNamespace(tuning_seed=100), tmp_path, {"max_steps": 6}
+    runner.files = {"tuning": "tuning.json", "test": "test.json"}
+    runner.run = lambda flags, what: done.append(flags) or {"final_validation_loss": abs(flags["score_lr"] - 10)}
+    arms = {
+        "IST": experiment.Arm("IST", {"selection": "ist"}, {"learning_rate": [1e-3], "score_lr": [1, 10, 100]}),
+        "mu 1000": experiment.Arm("mu 1000", {"selection": "ist", "score_lr": 1000}, {}, "IST"),
+    }
+    tuned, _ = experiment.train_all(runner, arms, [1, 2])
+    assert tuned == {"IST": {"learning_rate": 1e-3, "score_lr": 10}, "mu 1000": {"learning_rate": 1e-3}}
+    for name, score_lr in (("IST", 10), ("mu_1000", 1000)):
+        runs = [flags for flags in done if flags["output_dir"].parent.name == name and flags["seed"] != 100]
+        assert [(run["score_lr"], run["learning_rate"]) for run in runs] == [(score_lr, 1e-3)] * 2
+
+
 def test_differences_are_paired_and_their_interval_is_students():
     one, two = {1: 0.5, 2: 0.7, 3: 0.6, 4: 9.0}, {1: 0.4, 2: 0.65, 3: 0.52}
     found = experiment.paired(one, two)
@@ -423,6 +440,7 @@ def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
             {},
             "b cannot be tuned_as short, which takes from another",
         ),
+        ({"arms": FILE["arms"] | {"b": {"learning_rate": 1e-3}}}, {}, "b sets learning_rate and tunes it"),
         (
             {"arms": FILE["arms"] | {"b": {"lisa_interval": 3}}},
             {"model_name_or_path": "TINY"},
