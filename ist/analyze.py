@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,11 @@ def greedy_order(analysis: dict, direction: str) -> list[int]:
     return list(order if direction == "least" else reversed(order))
 
 
+def places(analysis: dict, direction: str) -> list[int]:
+    """Each layer's place in a greedy order, from 0 for the one that matters least."""
+    return np.argsort(greedy_order(analysis, direction)).tolist()
+
+
 def agreement(scores: Sequence[float], importance: Sequence[float]) -> dict[str, Any]:
     """Spearman's rho over layers, and its 95 % interval: Fisher's z with Fieller's variance 1.06 / (n - 3).
 
@@ -250,9 +255,22 @@ def compare_importance(analysis: dict, scores: Sequence[float]) -> dict[str, dic
 
     Layers that are missed alike (adapters still at zero) stand in an order by their position, but share a rank alone.
     """
-    places = {d: np.argsort(greedy_order(analysis, d)).tolist() for d in analysis["directions"]}
-    values = places | {"single_removal": analysis["single_removal"]}
+    values = {d: places(analysis, d) for d in analysis["directions"]} | {"single_removal": analysis["single_removal"]}
     return {name: agreement(scores, importance) for name, importance in values.items()}
+
+
+def compare_all(analysis: dict, scores: dict[str, Sequence[float]]) -> dict[str, Any]:
+    """What analysis.json says of importance: how each run's scores, and their mean, rank the layers beside the orders;
+    and what there is to agree with, as far as two runs, and the two orders, agree with each other."""
+    runs = {path: compare_importance(analysis, values) for path, values in scores.items()}
+    found: dict[str, Any] = {"importance": runs} if runs else {}
+    if len(scores) > 1:
+        mean = np.mean(list(scores.values()), axis=0).tolist()
+        runs[f"the mean of {len(scores)} runs"] = compare_importance(analysis, mean)
+        found["between_runs"] = [agreement(one, two) for one, two in combinations(scores.values(), 2)]
+    if len(analysis["directions"]) > 1:
+        found["between_orders"] = agreement(*(places(analysis, d) for d in DIRECTIONS))
+    return found
 
 
 def draw(path: Path, analysis: dict) -> None:
@@ -282,12 +300,19 @@ def summary(analysis: dict) -> str:
         lines.append(f"{direction} important first: {', '.join(map(str, result['order']))}")
         for name, layers in ((f"the {count} most important", order[-count:]), (f"the {count} least", order[:count])):
             lines.append(f"  train {name}: --selection fixed --fixed_layers {','.join(map(str, sorted(layers)))}")
+
+    def told(found: dict) -> str:
+        interval = " … ".join(f"{end:+.2f}" for end in found["interval"]) if found["interval"] else "none"
+        rho = "undefined" if found["rho"] is None else f"{found['rho']:+.2f}"
+        return f"{rho} (95 % interval {interval})"
+
     for path, orders in analysis.get("importance", {}).items():
         lines.append(f"rank correlation of the importance scores of {path}")
-        for name, found in orders.items():
-            interval = " … ".join(f"{end:+.2f}" for end in found["interval"]) if found["interval"] else "none"
-            rho = "undefined" if found["rho"] is None else f"{found['rho']:+.2f}"
-            lines.append(f"  with {name}: {rho} (95 % interval {interval})")
+        lines += [f"  with {name}: {told(found)}" for name, found in orders.items()]
+    if "between_runs" in analysis:
+        lines.append("  of two runs with each other: " + ", ".join(map(told, analysis["between_runs"])))
+    if "between_orders" in analysis:
+        lines.append(f"  of the two orders with each other: {told(analysis['between_orders'])}")
     return "\n".join(lines)
 
 
@@ -336,8 +361,7 @@ def main(argv: Sequence[str]) -> int:
         "arguments": asdict(args) | {key: settings[key] for key in ("adapter_digest", "data_digest")},
         "training": training,
     }
-    if scores:
-        analysis["importance"] = {path: compare_importance(analysis, values) for path, values in scores.items()}
+    analysis |= compare_all(analysis, scores)
     if state.is_main_process:
         publish(output_dir / "analysis.json", "python -m ist.analyze " + shlex.join(argv), state, "", **analysis)
         draw(output_dir / "layers.png", analysis)

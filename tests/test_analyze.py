@@ -14,6 +14,7 @@ import transformers
 from conftest import ROOT, make_tiny, read_lines, reset_accelerate, tiny_config
 from families import FAMILIES
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist import analyze
@@ -379,6 +380,14 @@ def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     run(folder, tmp_path / "out", "--importance", tmp_path)  # a run's folder, or the file
     analysis = result(tmp_path / "out")
     assert analysis["importance"] == {str(tmp_path): compare_importance(analysis, [0.5, 3, -1, 0])}
+    (tmp_path / "other.jsonl").write_text('{"step": 8, "scores": [1, 0, 2, 4]}\n')
+    run(folder, tmp_path / "out", "--importance", tmp_path, tmp_path / "other.jsonl")
+    analysis = result(tmp_path / "out")
+    assert analysis["importance"]["the mean of 2 runs"] == compare_importance(analysis, [0.75, 1.5, 0.5, 2])
+    assert [found["rho"] for found in analysis["between_runs"]] == [pytest.approx(-0.8)]
+    least, most = (analysis["directions"][direction]["order"] for direction in ("least", "most"))
+    first = [least.index(i) for i in range(4)], [3 - most.index(i) for i in range(4)]
+    assert analysis["between_orders"]["rho"] == pytest.approx(stats.spearmanr(*first).statistic)
     (tmp_path / "importance.jsonl").write_text('{"step": 4, "scores": [1, 2, 3]}\n')
     with pytest.raises(UsageError, match="has 3 scores, the adapter 4 layers"):
         run(folder, tmp_path / "out", "--importance", tmp_path / "importance.jsonl")
