@@ -45,7 +45,7 @@ from ist.evaluate import (
 )
 from ist.model import NO_LAYER_RESPONSE, require_fitting
 from ist.removal import DIRECTIONS, RemovalLoss, Removals, Tokens, mean_loss, remove_greedily
-from ist.report import IMPORTANCE, keep_lines, publish, read_lines, spearman
+from ist.report import IMPORTANCE, keep_lines, markdown_table, publish, read_lines, require_publishing, spearman
 
 BASE, ADAPTER = "base model", "adapter"
 
@@ -75,9 +75,19 @@ class AnalyzeArguments(ScorerArguments):
         default_factory=list,
         metadata={"help": "importance.jsonl of runs, or their folders: scores to compare the orders with."},
     )
+    publish: str | None = field(
+        default=None, metadata={"help": "Also write the results to this JSON file, and the picture beside it."}
+    )
+    readme: str | None = field(
+        default=None,
+        metadata={"help": "And the table of --importance into it, between <!-- NAME --> and <!-- /NAME -->."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_publishing(self.publish, self.readme)
+        if self.readme and not self.importance:
+            raise UsageError("--readme takes the table of --importance, which is not given.")
         require(self.max_tokens >= 2, "max_tokens", "2 or more", self.max_tokens)
         if (self.text_file is None) == (self.rows_file is None):
             raise UsageError("give --text_file TXT or --rows_file JSON, and not both.")
@@ -87,7 +97,7 @@ class AnalyzeArguments(ScorerArguments):
 
 
 # What may change between a run and the one that goes on with it.
-FREE_KEYS = ("output_dir", "directions", "lines", "importance")
+FREE_KEYS = ("output_dir", "directions", "lines", "importance", "publish", "readme")
 
 
 def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tokens:
@@ -291,6 +301,35 @@ def draw(path: Path, analysis: dict) -> None:
     figure.savefig(path, dpi=110)
 
 
+def told(found: dict) -> str:
+    """A rank correlation with its interval."""
+    if found["rho"] is None:
+        return "undefined"
+    return f"{found['rho']:+.2f}" + (" ({:+.2f} … {:+.2f})".format(*found["interval"]) if found["interval"] else "")
+
+
+def agreement_table(analysis: dict) -> str:
+    """Markdown: how the importance scores of runs rank the layers beside the greedy orders, from an analysis.json."""
+    names = {"least": "least important first", "most": "most important first", "single_removal": "each layer alone"}
+    orders = [*analysis["directions"], "single_removal"]
+    rows = [
+        [Path(path).name, *(told(found[name]) for name in orders)] for path, found in analysis["importance"].items()
+    ]
+    lines = markdown_table(["scores of", *(names[name] for name in orders)], rows)
+    lines += [
+        "",
+        f"Spearman's rho over {len(analysis['layers'])} layers between IST's scores after the last update and",
+    ]
+    lines[-1] += f" what the loss of {analysis['tokens']} tokens says without them, 95 % interval by Fisher's z."
+    if "between_runs" in analysis:
+        lines[-1] += f" Of two runs with each other: {', '.join(map(told, analysis['between_runs']))}."
+    if "between_orders" in analysis:
+        lines[-1] += f" Of the two orders with each other: {told(analysis['between_orders'])}."
+    hardware = ", ".join(f"{key} {value}" for key, value in analysis["hardware"].items())
+    lines[-1] += f" {analysis['date']}, commit {analysis['commit']}; {hardware}."
+    return "\n".join(lines)
+
+
 def summary(analysis: dict) -> str:
     """What is printed: the losses, the orders, and how to train only the layers at either end of an order."""
     lines = [f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}" for name, loss in analysis["losses"].items()]
@@ -300,14 +339,8 @@ def summary(analysis: dict) -> str:
         lines.append(f"{direction} important first: {', '.join(map(str, result['order']))}")
         for name, layers in ((f"the {count} most important", order[-count:]), (f"the {count} least", order[:count])):
             lines.append(f"  train {name}: --selection fixed --fixed_layers {','.join(map(str, sorted(layers)))}")
-
-    def told(found: dict) -> str:
-        interval = " … ".join(f"{end:+.2f}" for end in found["interval"]) if found["interval"] else "none"
-        rho = "undefined" if found["rho"] is None else f"{found['rho']:+.2f}"
-        return f"{rho} (95 % interval {interval})"
-
     for path, orders in analysis.get("importance", {}).items():
-        lines.append(f"rank correlation of the importance scores of {path}")
+        lines.append(f"rank correlation (95 % interval) of the importance scores of {path}")
         lines += [f"  with {name}: {told(found)}" for name, found in orders.items()]
     if "between_runs" in analysis:
         lines.append("  of two runs with each other: " + ", ".join(map(told, analysis["between_runs"])))
@@ -363,8 +396,18 @@ def main(argv: Sequence[str]) -> int:
     }
     analysis |= compare_all(analysis, scores)
     if state.is_main_process:
-        publish(output_dir / "analysis.json", "python -m ist.analyze " + shlex.join(argv), state, "", **analysis)
+        command = "python -m ist.analyze " + shlex.join(argv)
+        before = output_dir / "analysis.json"
+        measured = json.loads(before.read_text()) if before.exists() else {}
+        if all(measured.get(key) == analysis[key] for key in ("losses", "directions")):  # nothing new: when it was
+            analysis |= {key: measured[key] for key in ("date", "versions", "commit", "hardware")}
+        publish(output_dir / "analysis.json", command, state, "", **analysis)
         draw(output_dir / "layers.png", analysis)
+        if args.publish:
+            target, readme = Path(args.publish), Path(args.readme) if args.readme else None
+            published = json.loads((output_dir / "analysis.json").read_text())  # with date, commit and hardware
+            publish(target, command, state, agreement_table(published), readme, **analysis)
+            target.with_suffix(".png").write_bytes((output_dir / "layers.png").read_bytes())
         print(summary(analysis), flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()

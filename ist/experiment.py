@@ -51,6 +51,7 @@ from ist.report import (
     publish,
     read_lines,
     read_run,
+    require_publishing,
     require_writable,
 )
 from ist.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns, train_ist
@@ -87,13 +88,9 @@ class ExperimentArguments:
 
     def __post_init__(self) -> None:
         require(self.jobs >= 0, "jobs", "0 (as many as there are devices) or more", self.jobs)
-        if self.readme and not self.publish:
-            raise UsageError("--readme needs --publish, whose name is that of the markers.")
-        for path in (self.accelerate_config, self.readme):
-            if path and not Path(path).is_file():
-                raise UsageError(f"{path}: no such file.")
-        if self.readme and f"<!-- {Path(self.publish).stem} -->" not in Path(self.readme).read_text():
-            raise UsageError(f"--readme {self.readme} has no place <!-- {Path(self.publish).stem} --> for the tables.")
+        require_publishing(self.publish, self.readme)
+        if self.accelerate_config and not Path(self.accelerate_config).is_file():
+            raise UsageError(f"--accelerate_config {self.accelerate_config}: no such file.")
         if Path(self.model_name_or_path).exists():  # runs have another working directory
             self.model_name_or_path = _for_runs(self.model_name_or_path)
         self.accelerate_config = self.accelerate_config and _for_runs(self.accelerate_config)

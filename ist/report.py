@@ -81,6 +81,16 @@ def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
     }
 
 
+def require_publishing(publish: str | None, readme: str | None) -> None:
+    """Raises UsageError where `publish` below would have no place for the table, before anything is run."""
+    if readme and not publish:
+        raise UsageError("--readme needs --publish, whose name is that of the markers.")
+    if readme and not Path(readme).is_file():
+        raise UsageError(f"--readme {readme}: no such file.")
+    if readme and f"<!-- {Path(publish).stem} -->" not in Path(readme).read_text():
+        raise UsageError(f"--readme {readme} has no place <!-- {Path(publish).stem} --> for the tables.")
+
+
 def publish(
     file: Path,
     command: str,

@@ -42,7 +42,7 @@ folder() { # EXPERIMENT ARM SEED: of a run, by its number among the seeds
     "runs/$1/experiment.json" "$2" "$3"
 }
 
-layers() { # of both experiments
+layers() { # of both experiments; with "publish", into launch/results/ and README.md
   local ranks name full adapter
   ranks=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
   if [ "$ranks" = 0 ]; then export ACCELERATE_USE_CPU=true; ranks=$(nproc); fi
@@ -59,7 +59,7 @@ layers() { # of both experiments
     .venv/bin/accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes "$ranks" \
       -m ist.analyze --model_name_or_path $model --adapter "$adapter" --dtype bfloat16 \
       "${text[@]}" --max_tokens 1024 --output_dir "runs/layers/$name" --importance "${importance[@]}" \
-      --lines "full fine-tuning=$full"
+      --lines "full fine-tuning=$full" ${1:+--publish "launch/results/layers-$name.json" --readme README.md}
   done
 }
 
@@ -72,10 +72,7 @@ for part in $parts; do
     # Figure 4: the scores of both tasks side by side.
     .venv/bin/python -m ist.report --importance "arithmetic=$(folder arithmetic 'IST 8' 0)" \
       "wikitext-2=$(folder wikitext-2 'IST 8' 0)" --output_dir launch/results
-    for name in arithmetic wikitext-2; do
-      cp "runs/layers/$name/analysis.json" "launch/results/layers-$name.json"
-      cp "runs/layers/$name/layers.png" "launch/results/layers-$name.png"
-    done
+    layers publish
   else
     experiment "$part" --publish "launch/results/$part.json" --readme README.md
   fi

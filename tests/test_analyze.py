@@ -18,7 +18,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist import analyze
-from ist.analyze import agreement, compare_importance, greedy_order, main
+from ist.analyze import agreement, agreement_table, compare_importance, greedy_order, main
 from ist.config import ISTConfig, UsageError, parse_arguments
 from ist.data import collate, make_prompt
 from ist.layers import ATTENTION, default_target_modules
@@ -39,6 +39,16 @@ def windows_of(folder) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
     ids = tokenizer((folder / "text.txt").read_text(), add_special_tokens=False)["input_ids"][:150]
     return [ids[i : i + 40] for i in range(0, 150, 40)]
+
+
+@pytest.mark.parametrize("name", ["layers-arithmetic", "layers-wikitext-2"])
+def test_the_readmes_tables_are_those_of_their_files(name):
+    table = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+    file = ROOT / f"launch/results/{name}.json"
+    if file.exists():
+        assert table == agreement_table(json.loads(file.read_text()))
+    else:
+        assert table.startswith("not run")
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +387,7 @@ def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     updates = ({"step": 4, "scores": [9, 9, 9, 1]}, {"step": 8, "scores": [0.5, 3, -1, 0]})
     (tmp_path / "importance.jsonl").write_text("".join(json.dumps(line) + "\n" for line in updates))
+    (tmp_path / "out/analysis.json").write_text(json.dumps(result(whole) | {"date": "2026-01-02"}))
     run(folder, tmp_path / "out", "--importance", tmp_path)  # a run's folder, or the file
     analysis = result(tmp_path / "out")
     assert analysis["importance"] == {str(tmp_path): compare_importance(analysis, [0.5, 3, -1, 0])}
@@ -388,6 +399,20 @@ def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     least, most = (analysis["directions"][direction]["order"] for direction in ("least", "most"))
     first = [least.index(i) for i in range(4)], [3 - most.index(i) for i in range(4)]
     assert analysis["between_orders"]["rho"] == pytest.approx(stats.spearmanr(*first).statistic)
+
+    # Into a README, as it stands in the published file; the picture beside that.
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- found -->\nold\n<!-- /found -->\nb\n")
+    scores = ("--importance", tmp_path, tmp_path / "other.jsonl")
+    run(folder, tmp_path / "out", *scores, "--publish", tmp_path / "results/found.json", "--readme", readme)
+    published = json.loads((tmp_path / "results/found.json").read_text())
+    assert published["between_runs"] == analysis["between_runs"]
+    assert {published["date"], analysis["date"]} == {"2026-01-02"}  # of what is measured, not of its printing
+    table = readme.read_text().removeprefix("a\n<!-- found -->\n").removesuffix("\n<!-- /found -->\nb\n")
+    assert table == agreement_table(published)
+    rho = analysis["importance"]["the mean of 2 runs"]["most"]["rho"]
+    assert f"| {rho:+.2f} (" in table.split("the mean of 2 runs")[1].splitlines()[0]
+    assert (tmp_path / "results/found.png").read_bytes() == (tmp_path / "out/layers.png").read_bytes()
     (tmp_path / "importance.jsonl").write_text('{"step": 4, "scores": [1, 2, 3]}\n')
     with pytest.raises(UsageError, match="has 3 scores, the adapter 4 layers"):
         run(folder, tmp_path / "out", "--importance", tmp_path / "importance.jsonl")
@@ -429,6 +454,9 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch):
         ((*adapter, *text, "--importance", tmp_path / "no"), "has no importance scores"),
         ((*adapter, *text, "--importance", tmp_path), "all scores are equal"),
         ((*adapter, *text, "--output_dir", tmp_path / "one.txt"), "cannot be written"),
+        ((*adapter, *text, "--readme", ROOT / "README.md"), "--readme needs --publish"),
+        ((*adapter, *text, "--readme", ROOT / "README.md", "--publish", "none.json"), "no place <!-- none -->"),
+        ((*adapter, *text, "--readme", tmp_path / "one.txt", "--publish", "a.json"), "no place <!-- a -->"),
     ):
         reset_accelerate()
         with pytest.raises(UsageError, match=message) as error:
