@@ -312,14 +312,12 @@ def agreement_table(analysis: dict) -> str:
     """Markdown: how the importance scores of runs rank the layers beside the greedy orders, from an analysis.json."""
     names = {"least": "least important first", "most": "most important first", "single_removal": "each layer alone"}
     orders = [*analysis["directions"], "single_removal"]
-    rows = [
-        [Path(path).name, *(told(found[name]) for name in orders)] for path, found in analysis["importance"].items()
-    ]
+    rows = []
+    for path, found in analysis["importance"].items():
+        rows.append([Path(path.removesuffix(IMPORTANCE)).name, *(told(found[name]) for name in orders)])
     lines = markdown_table(["scores of", *(names[name] for name in orders)], rows)
-    lines += [
-        "",
-        f"Spearman's rho over {len(analysis['layers'])} layers between IST's scores after the last update and",
-    ]
+    lines += ["", f"Spearman's rho over {len(analysis['layers'])} layers"]
+    lines[-1] += " between IST's scores after the last update and"
     lines[-1] += f" what the loss of {analysis['tokens']} tokens says without them, 95 % interval by Fisher's z."
     if "between_runs" in analysis:
         lines[-1] += f" Of two runs with each other: {', '.join(map(told, analysis['between_runs']))}."
@@ -401,12 +399,12 @@ def main(argv: Sequence[str]) -> int:
         measured = json.loads(before.read_text()) if before.exists() else {}
         if all(measured.get(key) == analysis[key] for key in ("losses", "directions")):  # nothing new: when it was
             analysis |= {key: measured[key] for key in ("date", "versions", "commit", "hardware")}
-        publish(output_dir / "analysis.json", command, state, "", **analysis)
+        analysis = publish(before, command, state, "", **analysis)
         draw(output_dir / "layers.png", analysis)
         if args.publish:
             target, readme = Path(args.publish), Path(args.readme) if args.readme else None
-            published = json.loads((output_dir / "analysis.json").read_text())  # with date, commit and hardware
-            publish(target, command, state, agreement_table(published), readme, **analysis)
+            table = agreement_table(analysis) if scores else ""
+            publish(target, accelerator=state, table=table, readme=readme, **analysis)  # command and head as they are
             target.with_suffix(".png").write_bytes((output_dir / "layers.png").read_bytes())
         print(summary(analysis), flush=True)
     state.wait_for_everyone()

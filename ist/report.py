@@ -98,20 +98,23 @@ def publish(
     table: str,
     readme: Path | None = None,
     **result: Any,
-) -> None:
+) -> dict[str, Any]:
     """Write a result as JSON, with command, date, versions, commit and hardware, and its table into a README.
 
-    There the table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the file.
+    There the table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the file, whose content is
+    returned.
     """
     facts = environment(accelerator)
     head = {"command": command, "date": datetime.now(UTC).date().isoformat()}
     head |= {key: facts[key] for key in ("versions", "commit", "hardware")}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, head | result)
+    whole = head | result
+    write_json(file, whole)
     if readme:
         before, rest = readme.read_text().split(f"<!-- {file.stem} -->\n")
         after = rest.split(f"<!-- /{file.stem} -->\n")[1]
         readme.write_text(f"{before}<!-- {file.stem} -->\n{table}\n<!-- /{file.stem} -->\n{after}")
+    return whole
 
 
 def peak_memory_bytes(device: torch.device) -> int:

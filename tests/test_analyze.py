@@ -403,13 +403,15 @@ def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     # Into a README, as it stands in the published file; the picture beside that.
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- found -->\nold\n<!-- /found -->\nb\n")
-    scores = ("--importance", tmp_path, tmp_path / "other.jsonl")
+    scores = ("--importance", tmp_path / "importance.jsonl", tmp_path / "other.jsonl")
+    run(folder, tmp_path / "out", "--publish", tmp_path / "results/found.json")  # without scores
     run(folder, tmp_path / "out", *scores, "--publish", tmp_path / "results/found.json", "--readme", readme)
     published = json.loads((tmp_path / "results/found.json").read_text())
     assert published["between_runs"] == analysis["between_runs"]
     assert {published["date"], analysis["date"]} == {"2026-01-02"}  # of what is measured, not of its printing
     table = readme.read_text().removeprefix("a\n<!-- found -->\n").removesuffix("\n<!-- /found -->\nb\n")
     assert table == agreement_table(published)
+    assert f"\n| {tmp_path.name} | " in table  # a run by its folder
     rho = analysis["importance"]["the mean of 2 runs"]["most"]["rho"]
     assert f"| {rho:+.2f} (" in table.split("the mean of 2 runs")[1].splitlines()[0]
     assert (tmp_path / "results/found.png").read_bytes() == (tmp_path / "out/layers.png").read_bytes()
@@ -455,6 +457,10 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch):
         ((*adapter, *text, "--importance", tmp_path), "all scores are equal"),
         ((*adapter, *text, "--output_dir", tmp_path / "one.txt"), "cannot be written"),
         ((*adapter, *text, "--readme", ROOT / "README.md"), "--readme needs --publish"),
+        (
+            (*adapter, *text, "--readme", ROOT / "README.md", "--publish", "layers-arithmetic.json"),
+            "--readme takes the table of --importance, which is not given",
+        ),
         ((*adapter, *text, "--readme", ROOT / "README.md", "--publish", "none.json"), "no place <!-- none -->"),
         ((*adapter, *text, "--readme", tmp_path / "one.txt", "--publish", "a.json"), "no place <!-- a -->"),
     ):
