@@ -266,6 +266,14 @@ def test_the_readmes_tables_are_those_of_their_files(name):
         assert table.startswith("not run")
 
 
+def test_the_arms_that_train_an_orders_ends_train_those_of_the_published_one():
+    published = json.loads((ROOT / "launch/results/layers-arithmetic.json").read_text())
+    order = published["directions"]["least"]["order"]  # as taken away: the ones that are missed least come first
+    arms = experiment.Experiment.read(str(ROOT / "launch/experiments/arithmetic.yaml"), None).arms
+    for name, layers in (("greedy 8 most", order[-8:]), ("greedy 8 least", order[:8])):
+        assert arms[name].settings["fixed_layers"] == ",".join(map(str, sorted(layers)))
+
+
 def test_tuning_finds_the_lowest_of_a_valley():
     for count in range(1, 7):
         for lowest in range(count):
