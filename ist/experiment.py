@@ -78,6 +78,10 @@ class ExperimentArguments:
     )
     arms: list[str] | None = field(default=None, metadata={"help": "Only these arms; default: all of the file."})
     jobs: int = field(default=0, metadata={"help": "Runs at a time; default: one per GPU, or per CPU core, up to 8."})
+    known: str | None = field(
+        default=None,
+        metadata={"help": "Results of this experiment from elsewhere (experiment.json): their arms are not run again."},
+    )
     accelerate_config: str | None = field(
         default=None, metadata={"help": "Each run under accelerate launch with this file, one run at a time."}
     )
@@ -194,6 +198,50 @@ def _check(path: str, values: dict, arms: dict[str, Arm], experiment: Experiment
         raise UsageError(f"{path}: seeds must be a list of numbers without that of tuning; got {experiment.seeds}.")
     if set(experiment.split) != {"test", "tuning"}:
         raise UsageError(f"{path}: split must name test and tuning rows; got {experiment.split}.")
+
+
+def read_known(path: str | None) -> dict[str, Any]:
+    """Results of --known, {} without it.
+
+    Raises:
+        UsageError: not such a file.
+    """
+    try:
+        known = json.loads(Path(path).read_text()) if path else {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--known {path} cannot be read: {brief(error)}.") from error
+    if path and not (isinstance(known, dict) and {"name", "recipe", "arms", "trials", "base"} <= known.keys()):
+        raise UsageError(f"--known {path} is not an experiment.json of ist.experiment.")
+    return known
+
+
+def require_same(path: str | None, known: dict[str, Any], experiment: Experiment, facts: dict[str, Any]) -> None:
+    """Raises UsageError unless the arms of `known` can stand beside those that are run here.
+
+    Args:
+        facts: what must be alike for all arms.
+    """
+    if not known:
+        return
+    if differing := [key for key, value in facts.items() if known.get(key) != value]:
+        raise UsageError(f"--known {path} is of another experiment; they differ in {', '.join(differing)}.")
+    for name, there in known["arms"].items():
+        arm, settings = experiment.arms[name], dict(there["settings"])
+        if arm.top_of:  # whose layers were found there
+            settings.pop("fixed_layers", None)
+        seeds = [run["seed"] for run in there["runs"]]
+        if (settings, there["tuned_as"], seeds) != (arm.settings, arm.tuned_as, experiment.seeds):
+            raise UsageError(f"--known {path}: its {name} has other keys or seeds; run it anew without --known.")
+        for key, values in arm.tune.items():
+            found = [one for one in known["trials"] if (one["arm"], one["key"]) == (name, key)]
+            tried = {one["values"][key]: math.inf if one["loss"] is None else one["loss"] for one in found}
+            if not tried or not tried.keys() <= set(values) or next_value(values, tried) is not None:
+                raise UsageError(f"--known {path}: its {name} is tuned over other values of {key}.")
+    first = next(iter(experiment.arms))
+    if next(iter(known["arms"])) != first:
+        raise UsageError(f"--known {path} has no {first}, beside which seconds are measured.")
+    if experiment.arms.keys() <= known["arms"].keys():
+        raise UsageError(f"--known {path} has all arms already: nothing is left to run.")
 
 
 def slug(values: dict[str, Any]) -> str:
@@ -480,18 +528,29 @@ def top_layers(runner: Runner, arm: Arm, tuned: dict[str, float], count: str | i
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:trained])
 
 
-def train_all(runner: Runner, arms: dict[str, Arm], seeds: Sequence[int]) -> tuple[dict[str, dict], list[dict]]:
+def train_all(
+    runner: Runner, arms: dict[str, Arm], seeds: Sequence[int], known: dict[str, dict]
+) -> tuple[dict[str, dict], list[dict]]:
     """Tune every arm and train it on all seeds; ({arm: its tuned values}, every trial of tuning).
 
     Every arm goes on by itself, as soon as it has what it takes from another and a device is free.
+
+    Args:
+        known: arms that have been tuned and trained elsewhere.
     """
     tuned: dict[str, Future] = {name: Future() for name in arms}
     with ThreadPoolExecutor(len(arms) * (1 + len(seeds))) as pool:
 
         def tune_and_train(arm: Arm) -> list[Future]:
+            if there := known.get(arm.name):
+                arm.settings = there["settings"]
+                tuned[arm.name].set_result((there["tuned"], []))
+                return []
             try:
                 if arm.top_of:
                     values, _ = tuned[arm.top_of].result()
+                    if arm.top_of in known:  # its scores were left behind
+                        runner.run(runner.flags(arms[arm.top_of], values, runner.experiment.tuning_seed), "tuning")
                     wanted = arm.settings.get("trained_layers", 0.25)
                     arm.settings["fixed_layers"] = top_layers(runner, arms[arm.top_of], values, wanted)
                 if arm.tuned_as:  # what an arm sets itself, it does not take over
@@ -680,24 +739,27 @@ def where_and_when(results: dict[str, Any]) -> str:
     return f"Runs of {results['date']}, commit {results['commit']}{tuned}; {hardware}; {versions}."
 
 
-def provenance(finals: Sequence[dict], trials: Sequence[dict]) -> dict[str, Any]:
-    """{date, commit, tuning_commit, hardware, versions} out of run.json of all runs.
+def provenance(finals: Sequence[dict], trials: Sequence[dict], known: dict[str, Any]) -> dict[str, Any]:
+    """{date, commit, tuning_commit, hardware, versions, global_batch_size} out of run.json of all runs, and of `known`.
 
     Raises:
         UsageError: batches differ, so that the runs cannot stand beside each other.
     """
 
     def listed(values: Iterable) -> str:
-        return ", ".join(sorted({str(value) for value in values}))
+        return ", ".join(sorted({one for value in values for one in str(value).split(", ") if one}))
 
     sizes = {run["configuration"]["global_batch_size"] for run in [*finals, *trials]}
+    sizes |= {known["global_batch_size"]} if known else set()
     if len(sizes) > 1:
         raise UsageError(f"runs differ in global_batch_size ({listed(sizes)}): choose another --output_dir.")
-    commits = [listed((run["commit"] or "none") for run in runs) for runs in (finals, trials)]
-    facts = {"date": listed(run["end"][:10] for run in finals), "commit": commits[0], "tuning_commit": commits[1]}
+    commits = [[(run["commit"] or "none") for run in runs] for runs in (finals, trials)]
+    facts = {"date": [run["end"][:10] for run in finals], "commit": commits[0], "tuning_commit": commits[1]}
+    facts = {key: listed([*values, known.get(key, "")]) for key, values in facts.items()}
     for name in ("hardware", "versions"):
-        facts[name] = {key: listed(run[name][key] for run in finals) for key in finals[0][name]}
-    return facts
+        there = known.get(name, {})
+        facts[name] = {key: listed([*(r[name][key] for r in finals), there.get(key, "")]) for key in finals[0][name]}
+    return facts | {"global_batch_size": sizes.pop()}
 
 
 def tuning_table(trials: Sequence[dict]) -> str:
@@ -726,10 +788,15 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 
 def main(argv: Sequence[str]) -> int:
     args, _ = parse_arguments([ExperimentArguments], argv, __doc__.split("\n")[0])
-    experiment = Experiment.read(args.experiment, args.arms)
+    known = read_known(args.known)
+    there = known.get("arms", {})
+    experiment = Experiment.read(args.experiment, args.arms and [*args.arms, *there])
     folder = Path(args.output_dir)
     require_writable(folder)
     files = write_parts(args, experiment.split, folder / "data", experiment.answer_texts)
+    facts = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "evaluate": experiment.evaluate}
+    facts["data"] = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
+    require_same(args.known, known, experiment, facts)
     runner = Runner(args, experiment, files)
     arms = experiment.arms
     for arm in arms.values():  # what any of them would be refused for, before the first is run
@@ -740,45 +807,50 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
     before = signal.signal(signal.SIGTERM, runner.stop)
     try:
-        if experiment.evaluate:
+        if experiment.evaluate and not known:
             runner.evaluate(None)
-        tuned, trials = train_all(runner, arms, experiment.seeds)
+        tuned, trials = train_all(runner, arms, experiment.seeds, there)
     finally:
         signal.signal(signal.SIGTERM, before)
-    runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values()]
+    runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values() if arm.name not in there]
     everything = [runner.flags(arm, tuned[arm.name], seed) for arm, seed in runs]
 
-    results: dict[str, Any] = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "arms": {}}
-    results |= {"trials": trials, "pairs": experiment.pairs}
+    trained: dict[str, dict] = {}
+    results: dict[str, Any] = {**facts, "trials": [*known.get("trials", []), *trials], "pairs": experiment.pairs}
     finals = [read_run(Path(flags["output_dir"])) for flags in everything]
     tuning = [runner.flags(arms[one["arm"]], one["values"], experiment.tuning_seed) for one in trials]
     # Tables in a README make a checkout differ from its commit: what counts is where the runs were.
-    results |= provenance(finals, [read_run(Path(flags["output_dir"])) for flags in tuning])
+    results |= provenance(finals, [read_run(Path(flags["output_dir"])) for flags in tuning], known)
     results["test_rows"] = len(json.loads(files["test"].read_text()))
     results["text"] = all(file.endswith(".txt") for file in args.train_file)
     results["scoring"] = (experiment.evaluate or {}).get("scoring", "generation")
     record = finals[0]["configuration"]
     for (arm, seed), flags in zip(runs, everything, strict=True):
-        entry = results["arms"].setdefault(
+        entry = trained.setdefault(
             arm.name,
             {"settings": arm.settings, "tuned": tuned[arm.name], "tuned_as": arm.tuned_as, "runs": [], "flags": flags},
         )
         entry["runs"].append(result_of(Path(flags["output_dir"])) | {"seed": seed})
-    for entry in results["arms"].values():
+    for entry in trained.values():
         layers = [layers for run in entry["runs"] for layers in run.pop("trained_layers")]
         tokens = record["train_tokens"] / record["train_rows"]
         entry["bytes"] = bytes_by_part(entry.pop("flags"), layers, tokens)
         unmasked = read_run(Path(entry["runs"][0]["folder"])).get("id3")
         if unmasked:  # whose moments are kept with their positions, 16 bytes each
             entry["bytes"]["optimizer"] = 16 * unmasked["unmasked"]
-    first = next(iter(results["arms"].values()))["runs"][0]
-    results["base"] = {"validation": first["validation"][0][1]}
-    if experiment.evaluate:
+    first = next(iter(arms.values()))
+    results["arms"] = {name: there.get(name) or trained[name] for name in arms}
+    results["base"] = known.get("base") or {"validation": results["arms"][first.name]["runs"][0]["validation"][0][1]}
+    if experiment.evaluate and not known:
         summary = json.loads((runner.folder / "base" / "summary.json").read_text())
         results["base"]["exact"] = summary["average"]
-    timed = measure_seconds(folder / "seconds.jsonl", {arm.name: flags for (arm, _), flags in zip(runs, everything)})
-    for name, entry in results["arms"].items():
+    to_time = {first.name: runner.flags(first, tuned[first.name], experiment.seeds[0])}
+    to_time |= {arm.name: flags for (arm, _), flags in zip(runs, everything)}
+    timed = measure_seconds(folder / "seconds.jsonl", to_time)
+    for name, entry in trained.items():
         entry |= timed[name]
+        if known:  # in seconds of the machine that the others were timed on
+            entry["step_seconds"] = entry["ratio"] * there[first.name]["step_seconds"]
     pictures = draw(results, folder)
     table = tables(results)
     print(table)

@@ -211,6 +211,50 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()} == before
     assert json.loads((folder / "experiment.json").read_text())["arms"] == result["arms"]
 
+    # Somewhere else, with the results of all arms but one: that one is run, and what it needs, and the same comes out.
+    def elsewhere(known: dict, **changes) -> dict:
+        reset_accelerate()
+        few_processes[1:] = []
+        file, other = tmp_path / "known.json", tmp_path / "elsewhere"
+        file.write_text(json.dumps(known))
+        values = {"model_name_or_path": tiny, "train_file": many_rows, "output_dir": other, "known": file}
+        assert experiment.main([*arguments(**values, experiment=write(**changes)), "--arms", "fixed"]) == 0
+        return json.loads((other / "experiment.json").read_text())
+
+    known = result | {"arms": {name: arm for name, arm in result["arms"].items() if name != "fixed"}}
+    known["arms"] |= {
+        "IST": known["arms"]["IST"] | {"step_seconds": 30.0},
+        "LoRA": known["arms"]["LoRA"] | {"step_seconds": 20.0},
+    }
+    joined = elsewhere(known)
+    assert len(few_processes) == 1 + 1 + 2 * 2  # the tuning run that names the layers, two runs and their answers
+    assert [arm.pop("step_seconds") for arm in joined["arms"].values()] == [20, 30, 20]
+    for arm in chain(joined["arms"].values(), result["arms"].values()):
+        arm.pop("step_seconds", None)
+        for run in arm["runs"]:
+            del run["folder"]
+    differing = {key for key in result if joined[key] != result[key]}
+    assert differing <= {"command", "date"}  # around midnight
+    assert list(joined["arms"]) == list(result["arms"])
+
+    # What cannot stand beside what is run here is refused before anything is run.
+    few_processes[1:] = []
+    arms, other_seed = known["arms"], {**known["arms"]["IST"], "runs": known["arms"]["IST"]["runs"][:1]}
+    for wrong, changes, message in (
+        (known | {"recipe": {}}, {}, "of another experiment; they differ in recipe"),
+        (known | {"data": known["data"] | {"test": "0"}}, {}, "they differ in data"),
+        (known, {"evaluate": None}, "they differ in evaluate"),
+        (known | {"arms": arms | {"IST": other_seed}}, {}, "its IST has other keys or seeds"),
+        (known | {"trials": known["trials"][:-1]}, {}, "its IST is tuned over other values of score_lr"),
+        (known | {"arms": {"IST": arms["IST"]}}, {}, "has no LoRA, beside which"),
+        (known | {"arms": arms | {"old": arms["IST"]}}, {}, "has no arm 'old'; it has LoRA, short"),
+        (known | {"arms": arms | {"fixed": joined["arms"]["fixed"]}}, {}, "has all arms already"),
+        ([], {}, "is not an experiment.json"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            elsewhere(wrong, **changes)
+    assert len(few_processes) == 1
+
 
 def test_a_finished_run_of_another_configuration_is_not_taken(tiny, many_rows, write, tmp_path, few_processes):
     def argv(**changes) -> list[str]:
@@ -312,7 +356,7 @@ def test_what_an_arm_sets_itself_it_does_not_take_over(tmp_path):
         "IST": experiment.Arm("IST", {"selection": "ist"}, {"learning_rate": [1e-3], "score_lr": [1, 10, 100]}),
         "mu 1000": experiment.Arm("mu 1000", {"selection": "ist", "score_lr": 1000}, {}, "IST"),
     }
-    tuned, _ = experiment.train_all(runner, arms, [1, 2])
+    tuned, _ = experiment.train_all(runner, arms, [1, 2], {})
     assert tuned == {"IST": {"learning_rate": 1e-3, "score_lr": 10}, "mu 1000": {"learning_rate": 1e-3}}
     for name, score_lr in (("IST", 10), ("mu_1000", 1000)):
         runs = [flags for flags in done if flags["output_dir"].parent.name == name and flags["seed"] != 100]
