@@ -13,7 +13,8 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from datetime import UTC, datetime
+from functools import cache, partial
 from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,16 @@ from ist.evaluate import (
 )
 from ist.model import NO_LAYER_RESPONSE, require_fitting
 from ist.removal import DIRECTIONS, RemovalLoss, Removals, Tokens, mean_loss, remove_greedily
-from ist.report import IMPORTANCE, keep_lines, markdown_table, publish, read_lines, require_publishing, spearman
+from ist.report import (
+    IMPORTANCE,
+    environment,
+    keep_lines,
+    markdown_table,
+    publish,
+    read_lines,
+    require_publishing,
+    spearman,
+)
 
 BASE, ADAPTER = "base model", "adapter"
 
@@ -75,6 +85,10 @@ class AnalyzeArguments(ScorerArguments):
         default_factory=list,
         metadata={"help": "importance.jsonl of runs, or their folders: scores to compare the orders with."},
     )
+    known: str | None = field(
+        default=None,
+        metadata={"help": "A finished analysis.json, as published: taken over as it is, for more lines or importance."},
+    )
     publish: str | None = field(
         default=None, metadata={"help": "Also write the results to this JSON file, and the picture beside it."}
     )
@@ -86,7 +100,7 @@ class AnalyzeArguments(ScorerArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_publishing(self.publish, self.readme)
-        if self.readme and not self.importance:
+        if self.readme and not self.importance and not self.known:
             raise UsageError("--readme takes the table of --importance, which is not given.")
         require(self.max_tokens >= 2, "max_tokens", "2 or more", self.max_tokens)
         if (self.text_file is None) == (self.rows_file is None):
@@ -97,7 +111,7 @@ class AnalyzeArguments(ScorerArguments):
 
 
 # What may change between a run and the one that goes on with it.
-FREE_KEYS = ("output_dir", "directions", "lines", "importance", "publish", "readme")
+FREE_KEYS = ("output_dir", "directions", "lines", "importance", "known", "publish", "readme")
 
 
 def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tokens:
@@ -179,6 +193,27 @@ def read_importance(path: str) -> list[float]:
     if len(set(scores)) < 2:
         raise UsageError(f"--importance {path}: all scores are equal, so they rank no layer.")
     return scores
+
+
+def read_known(args: AnalyzeArguments, settings: dict[str, Any]) -> dict[str, Any]:
+    """The analysis of --known, {} without it.
+
+    Raises:
+        UsageError: it cannot be read, or is one of another adapter, other tokens or other lines.
+    """
+    if not args.known:
+        return {}
+    try:
+        known = json.loads(Path(args.known).read_text())
+        differing = [key for key, value in settings.items() if known["arguments"].get(key) != value]
+        differing += ["directions"] * (list(known["directions"]) != args.directions)
+        drawn = {line: line.partition("=")[0] in known["losses"] for line in args.lines}
+        differing += [line for line in drawn if drawn[line] and line not in known["arguments"]["lines"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--known {args.known} is not an analysis.json: {brief(error)}.") from error
+    if differing:
+        raise UsageError(f"--known {args.known} has another {', '.join(differing)}: leave it out.")
+    return known
 
 
 def require_layers(folder: str) -> None:
@@ -359,6 +394,7 @@ def main(argv: Sequence[str]) -> int:
     settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
     settings["adapter_digest"] = adapter_digest(args.adapter)
     settings["data_digest"] = files_digest([Path(args.text_file or args.rows_file)])
+    known = read_known(args, settings)
     claim_folder(output_dir, settings, state)
 
     @cache
@@ -373,37 +409,51 @@ def main(argv: Sequence[str]) -> int:
             state.print(f"{outside[0]} and {len(outside) - 1} more are of no layer: they are never taken away.")
         return loss
 
-    lines = measure_lines(output_dir / "lines.jsonl", models, removal, tokens, state)
-    names = lines[ADAPTER]["layers"]
+    there = known.get("losses", {})
+    new = {name: model for name, model in models.items() if name not in there}
+    lines = measure_lines(output_dir / "lines.jsonl", new, removal, tokens, state)
+    losses = there | {name: lines[name]["loss"] for name in new}
+    losses[ADAPTER] = losses.pop(ADAPTER)  # drawn last
+    names = known["layers"] if known else lines[ADAPTER]["layers"]
     for path, values in scores.items():
         if len(values) != len(names):
             raise UsageError(f"--importance {path} has {len(values)} scores, the adapter {len(names)} layers.")
-    removals = Removals(output_dir / "removals.jsonl", len(names), removal, state)
-    results = {}
-    for direction in args.directions:
-        results[direction] = remove_greedily(direction, len(names), lambda gone, d=direction: removals.losses(d, gone))
-    full = lines[ADAPTER]["loss"]
-    analysis = {
-        "losses": {name: lines[name]["loss"] for name in models},
-        "directions": results,
-        "single_removal": [loss - full for loss in removals.losses(args.directions[0], []).values()],
-        "layers": names,
-        "tokens": tokens.predicted,
-        "arguments": asdict(args) | {key: settings[key] for key in ("adapter_digest", "data_digest")},
-        "training": training,
-    }
-    analysis |= compare_all(analysis, scores)
+    if known:
+        drawn = list(dict.fromkeys([*known["arguments"]["lines"], *args.lines]))
+        analysis = known | {"losses": losses, "arguments": known["arguments"] | {"lines": drawn}}
+        del analysis["command"]
+    else:
+        removals = Removals(output_dir / "removals.jsonl", len(names), removal, state)
+        results = {
+            direction: remove_greedily(direction, len(names), partial(removals.losses, direction))
+            for direction in args.directions
+        }
+        singly = removals.losses(args.directions[0], []).values()
+        analysis = {
+            "losses": losses,
+            "directions": results,
+            "single_removal": [loss - losses[ADAPTER] for loss in singly],
+            "layers": names,
+            "tokens": tokens.predicted,
+            "arguments": asdict(args) | {key: settings[key] for key in ("adapter_digest", "data_digest")},
+            "training": training,
+        }
+    if scores or not known:
+        analysis |= compare_all(analysis, scores)
     if state.is_main_process:
         command = "python -m ist.analyze " + shlex.join(argv)
         before = output_dir / "analysis.json"
         measured = json.loads(before.read_text()) if before.exists() else {}
+        if known and new:
+            facts = {"commit": environment(state)["commit"] or "none", "date": datetime.now(UTC).date().isoformat()}
+            analysis |= {key: ", ".join(sorted({*known[key].split(", "), facts[key]})) for key in facts}
         if all(measured.get(key) == analysis[key] for key in ("losses", "directions")):  # nothing new: when it was
             analysis |= {key: measured[key] for key in ("date", "versions", "commit", "hardware")}
         analysis = publish(before, command, state, "", **analysis)
         draw(output_dir / "layers.png", analysis)
         if args.publish:
             target, readme = Path(args.publish), Path(args.readme) if args.readme else None
-            table = agreement_table(analysis) if scores else ""
+            table = agreement_table(analysis) if "importance" in analysis else ""
             publish(target, accelerator=state, table=table, readme=readme, **analysis)  # command and head as they are
             target.with_suffix(".png").write_bytes((output_dir / "layers.png").read_bytes())
         print(summary(analysis), flush=True)

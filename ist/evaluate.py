@@ -308,8 +308,14 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def adapter_digest(folder: str | None) -> str | None:
-    """Tells an adapter that was trained anew in the same folder from the one before."""
-    return None if folder is None else files_digest(sorted(Path(folder).glob("adapter_*")))
+    """Tells an adapter that was trained anew in the same folder from the one before, but for what is chance: the order
+    of module names, which are a set to PEFT."""
+    if folder is None:
+        return None
+    file = Path(folder) / "adapter_config.json"
+    listed = {key: sorted(map(str, v)) if isinstance(v, list) else v for key, v in json.loads(file.read_text()).items()}
+    weights = files_digest(path for path in sorted(Path(folder).glob("adapter_*")) if path != file)
+    return hashlib.sha256((json.dumps(listed, sort_keys=True) + weights).encode()).hexdigest()[:16]
 
 
 def read_text(key: str, file: str) -> str:

@@ -354,6 +354,44 @@ def test_lines_and_the_picture(folder, whole, tmp_path, monkeypatch):
     run(folder, tmp_path / "out", "--lines", *lines)
     assert result(tmp_path / "out")["losses"]["full fine-tuning"] == pytest.approx(math.log(other.config.vocab_size))
 
+    # Elsewhere, to a finished analysis: its removals are not measured again, the same comes out, and more can be added.
+    monkeypatch.undo()
+    monkeypatch.setattr(analyze, "RemovalLoss", lambda *_: pytest.fail("layers were taken away again"))
+    published = tmp_path / "published.json"
+    published.write_text(json.dumps(result(whole) | {"date": "2026-01-02", "commit": "abc"}))
+    scores = tmp_path / "importance.jsonl"
+    scores.write_text('{"step": 8, "scores": [1, 0, 2, 4]}\n')
+    for i, more in enumerate((["--lines", lines[0]], ["--lines", *lines], ["--importance", scores], [])):
+        run(folder, tmp_path / f"elsewhere {i}", "--known", published, *more, "--publish", published)
+        monkeypatch.setattr(analyze, "load_scorer", lambda *_: pytest.fail("a model was loaded")) if i == 1 else None
+    joined, expected = json.loads(published.read_text()), result(tmp_path / "out")
+    assert joined.keys() == expected.keys() | {"importance"}
+    assert joined["importance"][str(scores)] == compare_importance(expected, [1, 0, 2, 4])
+    same = expected.keys() - {"command", "date", "commit", "arguments"}
+    assert {key: joined[key] for key in same} == {key: expected[key] for key in same}
+    assert list(joined["losses"]) == list(expected["losses"])
+    assert joined["arguments"]["lines"] == expected["arguments"]["lines"]
+    assert joined["date"] == f"2026-01-02, {expected['date']}" and joined["commit"].endswith(", abc")
+    config = folder / "run/adapter/adapter_config.json"
+    order = json.loads(config.read_text())["target_modules"]  # chance: PEFT writes a set
+    rewritten = json.loads(config.read_text()) | {"target_modules": order[::-1]}
+    config.write_text(json.dumps(rewritten, indent=2, sort_keys=True))
+    run(folder, tmp_path / "elsewhere 4", "--known", published)
+    config.write_text(json.dumps(rewritten | {"lora_alpha": 9}))
+    with pytest.raises(UsageError, match="has another adapter_digest: leave it out"):
+        run(folder, tmp_path / "refused", "--known", published)
+    config.write_text(json.dumps(rewritten))
+    for flags, message in (
+        (["--max_tokens", "100"], "has another max_tokens: leave it out"),
+        (["--lines", f"twin={tmp_path / 'model'}"], "has another twin="),
+        (["--directions", "most"], "has another directions"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(folder, tmp_path / "refused", "--known", published, *flags)
+    published.write_text("[]")
+    with pytest.raises(UsageError, match=r"published.json is not an analysis\.json"):
+        run(folder, tmp_path / "refused", "--known", published)
+
 
 def test_the_printed_flags_train_the_ends_of_the_order(folder, whole, capsys):
     capsys.readouterr()
