@@ -49,6 +49,7 @@ from ist.removal import DIRECTIONS, RemovalLoss, Removals, Tokens, mean_loss, re
 from ist.report import (
     IMPORTANCE,
     environment,
+    joined,
     keep_lines,
     markdown_table,
     publish,
@@ -87,7 +88,7 @@ class AnalyzeArguments(ScorerArguments):
     )
     known: str | None = field(
         default=None,
-        metadata={"help": "A finished analysis.json, as published: taken over as it is, for more lines or importance."},
+        metadata={"help": "A finished analysis.json, as published: taken over, for more lines or other importance."},
     )
     publish: str | None = field(
         default=None, metadata={"help": "Also write the results to this JSON file, and the picture beside it."}
@@ -195,8 +196,11 @@ def read_importance(path: str) -> list[float]:
     return scores
 
 
-def read_known(args: AnalyzeArguments, settings: dict[str, Any]) -> dict[str, Any]:
+def read_known(args: AnalyzeArguments, settings: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
     """The analysis of --known, {} without it.
+
+    Args:
+        settings: what decides the results; of adapter and text their digests count, and not where they are.
 
     Raises:
         UsageError: it cannot be read, or is one of another adapter, other tokens or other lines.
@@ -205,14 +209,18 @@ def read_known(args: AnalyzeArguments, settings: dict[str, Any]) -> dict[str, An
         return {}
     try:
         known = json.loads(Path(args.known).read_text())
-        differing = [key for key, value in settings.items() if known["arguments"].get(key) != value]
+        decide = {key: value for key, value in settings.items() if key not in ("adapter", "text_file", "rows_file")}
+        differing = [key for key, value in decide.items() if known["arguments"].get(key) != value]
+        differing += ["number of tokens"] * (known["tokens"] != tokens.predicted)
         differing += ["directions"] * (list(known["directions"]) != args.directions)
         drawn = {line: line.partition("=")[0] in known["losses"] for line in args.lines}
         differing += [line for line in drawn if drawn[line] and line not in known["arguments"]["lines"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--known {args.known} is not an analysis.json: {brief(error)}.") from error
     if differing:
-        raise UsageError(f"--known {args.known} has another {', '.join(differing)}: leave it out.")
+        raise UsageError(f"--known {args.known} has another {', '.join(differing)}: run without --known.")
+    if args.readme and not args.importance and "importance" not in known:
+        raise UsageError(f"--readme takes the table of --importance, which --known {args.known} does not have either.")
     return known
 
 
@@ -394,7 +402,7 @@ def main(argv: Sequence[str]) -> int:
     settings = {key: value for key, value in asdict(args).items() if key not in FREE_KEYS}
     settings["adapter_digest"] = adapter_digest(args.adapter)
     settings["data_digest"] = files_digest([Path(args.text_file or args.rows_file)])
-    known = read_known(args, settings)
+    known = read_known(args, settings, tokens)
     claim_folder(output_dir, settings, state)
 
     @cache
@@ -420,8 +428,11 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f"--importance {path} has {len(values)} scores, the adapter {len(names)} layers.")
     if known:
         drawn = list(dict.fromkeys([*known["arguments"]["lines"], *args.lines]))
-        analysis = known | {"losses": losses, "arguments": known["arguments"] | {"lines": drawn}}
-        del analysis["command"]
+        arguments = known["arguments"] | {"lines": drawn} | ({"importance": args.importance} if scores else {})
+        analysis = known | {"losses": losses, "arguments": arguments}
+        analysis["earlier_commands"] = [*known.get("earlier_commands", []), analysis.pop("command")]
+        for key in ("importance", "between_runs") if scores else ():
+            analysis.pop(key, None)
     else:
         removals = Removals(output_dir / "removals.jsonl", len(names), removal, state)
         results = {
@@ -445,8 +456,7 @@ def main(argv: Sequence[str]) -> int:
         before = output_dir / "analysis.json"
         measured = json.loads(before.read_text()) if before.exists() else {}
         if known and new:
-            facts = {"commit": environment(state)["commit"] or "none", "date": datetime.now(UTC).date().isoformat()}
-            analysis |= {key: ", ".join(sorted({*known[key].split(", "), facts[key]})) for key in facts}
+            analysis |= joined([known, environment(state) | {"date": datetime.now(UTC).date().isoformat()}])
         if all(measured.get(key) == analysis[key] for key in ("losses", "directions")):  # nothing new: when it was
             analysis |= {key: measured[key] for key in ("date", "versions", "commit", "hardware")}
         analysis = publish(before, command, state, "", **analysis)

@@ -17,7 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -44,7 +44,9 @@ from ist.report import (
     METRICS,
     differing_keys,
     html_page,
+    joined,
     keep_lines,
+    listed,
     markdown_table,
     plot_arms,
     plot_importance_panels,
@@ -80,7 +82,7 @@ class ExperimentArguments:
     jobs: int = field(default=0, metadata={"help": "Runs at a time; default: one per GPU, or per CPU core, up to 8."})
     known: str | None = field(
         default=None,
-        metadata={"help": "Results of this experiment from elsewhere (experiment.json): their arms are not run again."},
+        metadata={"help": "Results of this experiment (experiment.json): their arms are not run or timed again."},
     )
     accelerate_config: str | None = field(
         default=None, metadata={"help": "Each run under accelerate launch with this file, one run at a time."}
@@ -210,7 +212,9 @@ def read_known(path: str | None) -> dict[str, Any]:
         known = json.loads(Path(path).read_text()) if path else {}
     except (OSError, ValueError) as error:
         raise UsageError(f"--known {path} cannot be read: {brief(error)}.") from error
-    if path and not (isinstance(known, dict) and {"name", "recipe", "arms", "trials", "base"} <= known.keys()):
+    if path and not (
+        isinstance(known, dict) and {"name", "recipe", "arms", "trials", "base", "command"} <= known.keys()
+    ):
         raise UsageError(f"--known {path} is not an experiment.json of ist.experiment.")
     return known
 
@@ -225,12 +229,15 @@ def require_same(path: str | None, known: dict[str, Any], experiment: Experiment
         return
     if differing := [key for key, value in facts.items() if known.get(key) != value]:
         raise UsageError(f"--known {path} is of another experiment; they differ in {', '.join(differing)}.")
+    if missing := known["arms"].keys() - experiment.arms.keys():
+        raise UsageError(f"--known {path} has an arm {missing.pop()!r} that is not in the experiment's file.")
     for name, there in known["arms"].items():
         arm, settings = experiment.arms[name], dict(there["settings"])
         if arm.top_of:  # whose layers were found there
             settings.pop("fixed_layers", None)
         seeds = [run["seed"] for run in there["runs"]]
-        if (settings, there["tuned_as"], seeds) != (arm.settings, arm.tuned_as, experiment.seeds):
+        same = [there.get("tuned_as"), there.get("top_of"), seeds] == [arm.tuned_as, arm.top_of, experiment.seeds]
+        if not same or settings != arm.settings or not (arm.tuned_as or there["tuned"].keys() == arm.tune.keys()):
             raise UsageError(f"--known {path}: its {name} has other keys or seeds; run it anew without --known.")
         for key, values in arm.tune.items():
             found = [one for one in known["trials"] if (one["arm"], one["key"]) == (name, key)]
@@ -240,8 +247,6 @@ def require_same(path: str | None, known: dict[str, Any], experiment: Experiment
     first = next(iter(experiment.arms))
     if next(iter(known["arms"])) != first:
         raise UsageError(f"--known {path} has no {first}, beside which seconds are measured.")
-    if experiment.arms.keys() <= known["arms"].keys():
-        raise UsageError(f"--known {path} has all arms already: nothing is left to run.")
 
 
 def slug(values: dict[str, Any]) -> str:
@@ -542,15 +547,15 @@ def train_all(
     with ThreadPoolExecutor(len(arms) * (1 + len(seeds))) as pool:
 
         def tune_and_train(arm: Arm) -> list[Future]:
-            if there := known.get(arm.name):
-                arm.settings = there["settings"]
-                tuned[arm.name].set_result((there["tuned"], []))
-                return []
             try:
+                if there := known.get(arm.name):
+                    arm.settings = there["settings"]
+                    if any(arm.name == other.top_of for other in arms.values() if other.name not in known):
+                        runner.run(runner.flags(arm, there["tuned"], runner.experiment.tuning_seed), "tuning")
+                    tuned[arm.name].set_result((there["tuned"], []))
+                    return []
                 if arm.top_of:
                     values, _ = tuned[arm.top_of].result()
-                    if arm.top_of in known:  # its scores were left behind
-                        runner.run(runner.flags(arms[arm.top_of], values, runner.experiment.tuning_seed), "tuning")
                     wanted = arm.settings.get("trained_layers", 0.25)
                     arm.settings["fixed_layers"] = top_layers(runner, arms[arm.top_of], values, wanted)
                 if arm.tuned_as:  # what an arm sets itself, it does not take over
@@ -617,7 +622,9 @@ def result_of(run: Path) -> dict[str, Any]:
     return result | {"trained_layers": [line["trained_layers"] for line in steps]}
 
 
-def measure_seconds(file: Path, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def measure_seconds(
+    file: Path, arms: dict[str, dict[str, Any]], known: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """{arm: {step_seconds, ratio: to the first arm's, interval: 95 %, by bootstrap of steps}}.
 
     Each arm takes turns with the first one, step by step, a few arms at a time and nothing else: runs beside each other
@@ -625,6 +632,7 @@ def measure_seconds(file: Path, arms: dict[str, dict[str, Any]]) -> dict[str, di
 
     Args:
         arms: {name: keys of train_ist.py}; those that differ only in what does not change a step are timed once.
+        known: {name: what this returns of it} of arms that have been timed before.
     """
 
     def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -634,8 +642,9 @@ def measure_seconds(file: Path, arms: dict[str, dict[str, Any]]) -> dict[str, di
     settings = {name: without(flags, *own) for name, flags in arms.items()}
     alike = {name: without(flags, "seed", "learning_rate", "score_lr") for name, flags in settings.items()}
     text = {name: json.dumps(values, sort_keys=True, default=str) for name, values in alike.items()}
-    lines = {line["settings"]: line for line in read_lines(file)}
     first = next(iter(arms))
+    lines = {line["settings"]: line for line in read_lines(file) if line.get("beside") == text[first]}
+    lines |= {text[name]: one | {"first": known[first]["step_seconds"]} for name, one in known.items()}
     others = {text[name]: name for name in reversed(arms) if text[name] != text[first]} or {text[first]: first}
     names = [name for name in reversed(others.values()) if text[name] not in lines]
     steps = WINDOW * (11 if torch.cuda.is_available() else 3)
@@ -646,11 +655,11 @@ def measure_seconds(file: Path, arms: dict[str, dict[str, Any]]) -> dict[str, di
         for name in names[i : i + BESIDE]:
             this, beside = found[f"arm {name}"], found[f"arm {first}"]
             ratio, interval = ratio_of([this | {"bare": beside["turns"]}])
-            line = {"settings": text[name], "seconds": this["total"], "first": beside["total"]}
+            line = {"settings": text[name], "beside": text[first], "seconds": this["total"], "first": beside["total"]}
             lines[text[name]] = line | {"ratio": ratio, "interval": interval}
             with open(file, "a") as stream:
                 stream.write(json.dumps(lines[text[name]]) + "\n")
-    reference = statistics.median(lines[text[name]]["first"] for name in arms if text[name] in lines)
+    reference = statistics.median(lines[text[name]]["first"] for name in known or arms if text[name] in lines)
     itself = {"ratio": 1.0, "interval": [1.0, 1.0]}
     kept = {name: itself if text[name] == text[first] else lines[text[name]] for name in arms}
     return {
@@ -743,23 +752,20 @@ def provenance(finals: Sequence[dict], trials: Sequence[dict], known: dict[str, 
     """{date, commit, tuning_commit, hardware, versions, global_batch_size} out of run.json of all runs, and of `known`.
 
     Raises:
-        UsageError: batches differ, so that the runs cannot stand beside each other.
+        UsageError: batches or devices differ, so that the runs cannot stand beside each other.
     """
-
-    def listed(values: Iterable) -> str:
-        return ", ".join(sorted({one for value in values for one in str(value).split(", ") if one}))
 
     sizes = {run["configuration"]["global_batch_size"] for run in [*finals, *trials]}
     sizes |= {known["global_batch_size"]} if known else set()
     if len(sizes) > 1:
         raise UsageError(f"runs differ in global_batch_size ({listed(sizes)}): choose another --output_dir.")
-    commits = [[(run["commit"] or "none") for run in runs] for runs in (finals, trials)]
-    facts = {"date": [run["end"][:10] for run in finals], "commit": commits[0], "tuning_commit": commits[1]}
-    facts = {key: listed([*values, known.get(key, "")]) for key, values in facts.items()}
-    for name in ("hardware", "versions"):
-        there = known.get(name, {})
-        facts[name] = {key: listed([*(r[name][key] for r in finals), there.get(key, "")]) for key in finals[0][name]}
-    return facts | {"global_batch_size": sizes.pop()}
+    heads = [run | {"date": run["end"][:10]} for run in finals] + ([known] if known else [])
+    facts = joined(heads) | {"global_batch_size": sizes.pop()}
+    for key in ("device", "cpu_cores"):
+        if known and facts["hardware"][key] != str(known["hardware"][key]):
+            raise UsageError(f"seconds of other hardware cannot stand beside those of --known: {facts['hardware']}.")
+    tuning = [run["commit"] or "none" for run in trials] + ([known["tuning_commit"]] if known else [])
+    return facts | {"tuning_commit": listed(commit for commit in tuning if commit)}
 
 
 def tuning_table(trials: Sequence[dict]) -> str:
@@ -786,25 +792,17 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     return [folder / "curves.png", folder / "importance.png"]
 
 
-def main(argv: Sequence[str]) -> int:
-    args, _ = parse_arguments([ExperimentArguments], argv, __doc__.split("\n")[0])
-    known = read_known(args.known)
-    there = known.get("arms", {})
-    experiment = Experiment.read(args.experiment, args.arms and [*args.arms, *there])
-    folder = Path(args.output_dir)
-    require_writable(folder)
-    files = write_parts(args, experiment.split, folder / "data", experiment.answer_texts)
-    facts = {"name": Path(args.experiment).stem, "recipe": experiment.recipe, "evaluate": experiment.evaluate}
-    facts["data"] = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
-    require_same(args.known, known, experiment, facts)
-    runner = Runner(args, experiment, files)
-    arms = experiment.arms
-    for arm in arms.values():  # what any of them would be refused for, before the first is run
-        first = {key: middle(values) for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
-        try:
-            plan_layers(arguments_of(train_ist(), runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
-        except UsageError as error:
-            raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
+def run_arms(runner: Runner, known: dict[str, Any], facts: dict[str, Any], path: str | None) -> dict[str, Any]:
+    """Train and time the arms that `known` does not have; the results of all.
+
+    Args:
+        facts: what is alike for all arms.
+        path: of `known`.
+
+    Raises:
+        UsageError: the arms cannot stand beside each other, or a run failed.
+    """
+    experiment, arms, there = runner.experiment, runner.experiment.arms, known.get("arms", {})
     before = signal.signal(signal.SIGTERM, runner.stop)
     try:
         if experiment.evaluate and not known:
@@ -815,21 +813,16 @@ def main(argv: Sequence[str]) -> int:
     runs = [(arm, seed) for seed in experiment.seeds for arm in arms.values() if arm.name not in there]
     everything = [runner.flags(arm, tuned[arm.name], seed) for arm, seed in runs]
 
-    trained: dict[str, dict] = {}
-    results: dict[str, Any] = {**facts, "trials": [*known.get("trials", []), *trials], "pairs": experiment.pairs}
     finals = [read_run(Path(flags["output_dir"])) for flags in everything]
     tuning = [runner.flags(arms[one["arm"]], one["values"], experiment.tuning_seed) for one in trials]
     # Tables in a README make a checkout differ from its commit: what counts is where the runs were.
-    results |= provenance(finals, [read_run(Path(flags["output_dir"])) for flags in tuning], known)
-    results["test_rows"] = len(json.loads(files["test"].read_text()))
-    results["text"] = all(file.endswith(".txt") for file in args.train_file)
-    results["scoring"] = (experiment.evaluate or {}).get("scoring", "generation")
+    results = facts | provenance(finals, [read_run(Path(flags["output_dir"])) for flags in tuning], known)
+    results["trials"] = [one for one in known.get("trials", []) if one["arm"] in there] + trials
+    trained: dict[str, dict] = {}
     record = finals[0]["configuration"]
     for (arm, seed), flags in zip(runs, everything, strict=True):
-        entry = trained.setdefault(
-            arm.name,
-            {"settings": arm.settings, "tuned": tuned[arm.name], "tuned_as": arm.tuned_as, "runs": [], "flags": flags},
-        )
+        entry = {"settings": arm.settings, "tuned": tuned[arm.name], "tuned_as": arm.tuned_as, "top_of": arm.top_of}
+        entry = trained.setdefault(arm.name, entry | {"runs": [], "flags": flags})
         entry["runs"].append(result_of(Path(flags["output_dir"])) | {"seed": seed})
     for entry in trained.values():
         layers = [layers for run in entry["runs"] for layers in run.pop("trained_layers")]
@@ -838,19 +831,53 @@ def main(argv: Sequence[str]) -> int:
         unmasked = read_run(Path(entry["runs"][0]["folder"])).get("id3")
         if unmasked:  # whose moments are kept with their positions, 16 bytes each
             entry["bytes"]["optimizer"] = 16 * unmasked["unmasked"]
-    first = next(iter(arms.values()))
     results["arms"] = {name: there.get(name) or trained[name] for name in arms}
-    results["base"] = known.get("base") or {"validation": results["arms"][first.name]["runs"][0]["validation"][0][1]}
+    start = next(iter(trained.values()))["runs"][0]["validation"][0][1]
+    results["base"] = known.get("base") or {"validation": start}
+    if not math.isclose(start, results["base"]["validation"], rel_tol=0.01):  # full fine-tuning begins in float32
+        raise UsageError(
+            f"--known {path} is of another model: its loss is {results['base']['validation']:.4f} before training, "
+            f"here {start:.4f}."
+        )
     if experiment.evaluate and not known:
         summary = json.loads((runner.folder / "base" / "summary.json").read_text())
         results["base"]["exact"] = summary["average"]
-    to_time = {first.name: runner.flags(first, tuned[first.name], experiment.seeds[0])}
-    to_time |= {arm.name: flags for (arm, _), flags in zip(runs, everything)}
-    timed = measure_seconds(folder / "seconds.jsonl", to_time)
+    flags = {name: runner.flags(arm, tuned[name], experiment.seeds[0]) for name, arm in arms.items()}
+    timed = measure_seconds(Path(runner.args.output_dir) / "seconds.jsonl", flags, there)
     for name, entry in trained.items():
         entry |= timed[name]
-        if known:  # in seconds of the machine that the others were timed on
-            entry["step_seconds"] = entry["ratio"] * there[first.name]["step_seconds"]
+    return results
+
+
+def main(argv: Sequence[str]) -> int:
+    args, _ = parse_arguments([ExperimentArguments], argv, __doc__.split("\n")[0])
+    known = read_known(args.known)
+    experiment = Experiment.read(args.experiment, args.arms and [*args.arms, *known.get("arms", {})])
+    folder = Path(args.output_dir)
+    require_writable(folder)
+    files = write_parts(args, experiment.split, folder / "data", experiment.answer_texts)
+    facts = {"name": Path(args.experiment).stem, "model": Path(args.model_name_or_path).name}
+    facts |= {"recipe": experiment.recipe, "evaluate": experiment.evaluate, "tuning_seed": experiment.tuning_seed}
+    facts["data"] = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
+    facts["test_rows"] = len(json.loads(files["test"].read_text()))
+    facts["text"] = all(file.endswith(".txt") for file in args.train_file)
+    facts["scoring"] = (experiment.evaluate or {}).get("scoring", "generation")
+    require_same(args.known, known, experiment, facts)
+    runner = Runner(args, experiment, files)
+    arms = experiment.arms
+    for arm in arms.values():  # what any of them would be refused for, before the first is run
+        first = {key: middle(values) for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
+        try:
+            plan_layers(arguments_of(train_ist(), runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
+        except UsageError as error:
+            raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
+    if known and arms.keys() <= known["arms"].keys():  # nothing to run, but tables and pictures to make
+        results = {key: value for key, value in known.items() if key not in ("command", "earlier_commands")}
+    else:
+        results = run_arms(runner, known, facts, args.known)
+    results["pairs"] = experiment.pairs
+    if known:
+        results["earlier_commands"] = [*known.get("earlier_commands", []), known["command"]]
     pictures = draw(results, folder)
     table = tables(results)
     print(table)
@@ -863,7 +890,7 @@ def main(argv: Sequence[str]) -> int:
         for picture in pictures:
             (target.parent / f"{target.stem}-{picture.name}").write_bytes(picture.read_bytes())
     sections = [("Results", table), *((picture.stem.capitalize(), picture) for picture in pictures)]
-    sections += [("Tuning", tuning_table(trials)), ("Command", command)]
+    sections += [("Tuning", tuning_table(results["trials"])), ("Command", command)]
     html_page(folder / "index.html", results["name"], sections)
     print(f"{folder / 'index.html'}")
     return 0

@@ -81,6 +81,19 @@ def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
     }
 
 
+def listed(values: Iterable) -> str:
+    """Each value once; of values that are such lists themselves, each of theirs."""
+    return ", ".join(sorted({one for value in values for one in str(value).split(", ")}))
+
+
+def joined(heads: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """{date, commit, versions, hardware} of results that were made apart, each listing what differs."""
+    facts: dict[str, Any] = {key: listed(head[key] or "none" for head in heads) for key in ("date", "commit")}
+    for name in ("versions", "hardware"):
+        facts[name] = {key: listed(head[name][key] for head in heads) for key in heads[0][name]}
+    return facts
+
+
 def require_publishing(publish: str | None, readme: str | None) -> None:
     """Raises UsageError where `publish` below would have no place for the table, before anything is run."""
     if readme and not publish:

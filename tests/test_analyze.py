@@ -361,28 +361,39 @@ def test_lines_and_the_picture(folder, whole, tmp_path, monkeypatch):
     published.write_text(json.dumps(result(whole) | {"date": "2026-01-02", "commit": "abc"}))
     scores = tmp_path / "importance.jsonl"
     scores.write_text('{"step": 8, "scores": [1, 0, 2, 4]}\n')
-    for i, more in enumerate((["--lines", lines[0]], ["--lines", *lines], ["--importance", scores], [])):
+    both = (scores, shutil.copy(scores, tmp_path / "twin.jsonl"))
+    added = (["--lines", lines[0]], ["--lines", *lines], ["--importance", *both], ["--importance", scores], [])
+    (tmp_path / "README.md").write_text("<!-- found -->\n<!-- /found -->\n")
+    readme = ["--publish", tmp_path / "found.json", "--readme", tmp_path / "README.md"]
+    with pytest.raises(UsageError, match=r"--readme takes the table of --importance, which --known .* does not have"):
+        run(folder, tmp_path / "refused", "--known", published, *readme)
+    for i, more in enumerate(added):
         run(folder, tmp_path / f"elsewhere {i}", "--known", published, *more, "--publish", published)
         monkeypatch.setattr(analyze, "load_scorer", lambda *_: pytest.fail("a model was loaded")) if i == 1 else None
     joined, expected = json.loads(published.read_text()), result(tmp_path / "out")
-    assert joined.keys() == expected.keys() | {"importance"}
-    assert joined["importance"][str(scores)] == compare_importance(expected, [1, 0, 2, 4])
+    assert joined.keys() == expected.keys() | {"importance", "earlier_commands"}  # and nothing of two runs
+    assert joined["importance"] == {str(scores): compare_importance(expected, [1, 0, 2, 4])}
+    assert joined["arguments"]["importance"] == [str(scores)]
+    commands = [*joined["earlier_commands"], joined["command"]]
+    assert len(commands) == 6 and commands[0] == result(whole)["command"] and f"{both[1]} " in commands[3]
+    for name in ("versions", "hardware"):
+        assert joined.pop(name) == {key: str(value) for key, value in expected.pop(name).items()}
     same = expected.keys() - {"command", "date", "commit", "arguments"}
     assert {key: joined[key] for key in same} == {key: expected[key] for key in same}
     assert list(joined["losses"]) == list(expected["losses"])
     assert joined["arguments"]["lines"] == expected["arguments"]["lines"]
-    assert joined["date"] == f"2026-01-02, {expected['date']}" and joined["commit"].endswith(", abc")
+    assert joined["date"] == f"2026-01-02, {expected['date']}" and "abc" in joined["commit"].split(", ")
     config = folder / "run/adapter/adapter_config.json"
     order = json.loads(config.read_text())["target_modules"]  # chance: PEFT writes a set
     rewritten = json.loads(config.read_text()) | {"target_modules": order[::-1]}
     config.write_text(json.dumps(rewritten, indent=2, sort_keys=True))
     run(folder, tmp_path / "elsewhere 4", "--known", published)
     config.write_text(json.dumps(rewritten | {"lora_alpha": 9}))
-    with pytest.raises(UsageError, match="has another adapter_digest: leave it out"):
+    with pytest.raises(UsageError, match="has another adapter_digest: run without"):
         run(folder, tmp_path / "refused", "--known", published)
     config.write_text(json.dumps(rewritten))
     for flags, message in (
-        (["--max_tokens", "100"], "has another max_tokens: leave it out"),
+        (["--max_tokens", "100"], "has another max_tokens, number of tokens: run without"),
         (["--lines", f"twin={tmp_path / 'model'}"], "has another twin="),
         (["--directions", "most"], "has another directions"),
     ):

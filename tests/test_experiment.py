@@ -1,5 +1,6 @@
 """Arms beside each other: what is tuned, what is compared, and that nothing is run twice."""
 
+import copy
 import json
 import math
 import statistics
@@ -212,13 +213,13 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
     assert json.loads((folder / "experiment.json").read_text())["arms"] == result["arms"]
 
     # Somewhere else, with the results of all arms but one: that one is run, and what it needs, and the same comes out.
-    def elsewhere(known: dict, **changes) -> dict:
+    def elsewhere(known: dict, *only: str, **changes) -> dict:
         reset_accelerate()
         few_processes[1:] = []
         file, other = tmp_path / "known.json", tmp_path / "elsewhere"
         file.write_text(json.dumps(known))
         values = {"model_name_or_path": tiny, "train_file": many_rows, "output_dir": other, "known": file}
-        assert experiment.main([*arguments(**values, experiment=write(**changes)), "--arms", "fixed"]) == 0
+        assert experiment.main([*arguments(**values, experiment=write(**changes)), *only]) == 0
         return json.loads((other / "experiment.json").read_text())
 
     known = result | {"arms": {name: arm for name, arm in result["arms"].items() if name != "fixed"}}
@@ -226,7 +227,8 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
         "IST": known["arms"]["IST"] | {"step_seconds": 30.0},
         "LoRA": known["arms"]["LoRA"] | {"step_seconds": 20.0},
     }
-    joined = elsewhere(known)
+    joined = elsewhere(known, "--arms", "fixed")
+    published = copy.deepcopy(joined)
     assert len(few_processes) == 1 + 1 + 2 * 2  # the tuning run that names the layers, two runs and their answers
     assert [arm.pop("step_seconds") for arm in joined["arms"].values()] == [20, 30, 20]
     for arm in chain(joined["arms"].values(), result["arms"].values()):
@@ -235,25 +237,36 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
             del run["folder"]
     differing = {key for key in result if joined[key] != result[key]}
     assert differing <= {"command", "date"}  # around midnight
+    assert joined["earlier_commands"] == [result["command"]]
     assert list(joined["arms"]) == list(result["arms"])
 
     # What cannot stand beside what is run here is refused before anything is run.
-    few_processes[1:] = []
     arms, other_seed = known["arms"], {**known["arms"]["IST"], "runs": known["arms"]["IST"]["runs"][:1]}
     for wrong, changes, message in (
         (known | {"recipe": {}}, {}, "of another experiment; they differ in recipe"),
+        (known | {"model": "other"}, {}, "they differ in model"),
+        (known | {"tuning_seed": 7}, {}, "they differ in tuning_seed"),
+        (known | {"base": {"validation": 1.02 * known["base"]["validation"]}}, {}, "is of another model: its loss is"),
+        (known | {"hardware": known["hardware"] | {"cpu_cores": 3}}, {}, "seconds of other hardware"),
         (known | {"data": known["data"] | {"test": "0"}}, {}, "they differ in data"),
         (known, {"evaluate": None}, "they differ in evaluate"),
         (known | {"arms": arms | {"IST": other_seed}}, {}, "its IST has other keys or seeds"),
         (known | {"trials": known["trials"][:-1]}, {}, "its IST is tuned over other values of score_lr"),
         (known | {"arms": {"IST": arms["IST"]}}, {}, "has no LoRA, beside which"),
         (known | {"arms": arms | {"old": arms["IST"]}}, {}, "has no arm 'old'; it has LoRA, short"),
-        (known | {"arms": arms | {"fixed": joined["arms"]["fixed"]}}, {}, "has all arms already"),
+        (known | {"arms": {**arms, "fixed": {**published["arms"]["fixed"], "top_of": ""}}}, {}, "its fixed has other"),
+        (known | {"arms": {**arms, "LoRA": {**arms["LoRA"], "tuned": {}}}}, {}, "its LoRA has other keys or seeds"),
         ([], {}, "is not an experiment.json"),
     ):
         with pytest.raises(UsageError, match=message):
-            elsewhere(wrong, **changes)
-    assert len(few_processes) == 1
+            elsewhere(wrong, "--arms", "fixed", **changes)
+        assert len(few_processes) == 1
+    with pytest.raises(UsageError, match="has an arm 'IST' that is not in the experiment's file"):
+        elsewhere(known, arms={"LoRA": FILE["arms"]["LoRA"]}, pairs=[])
+    # With all arms there, tables and pictures are made anew, here of other pairs.
+    again = elsewhere(published, "--arms", "fixed", pairs=FILE["pairs"][:1])
+    assert len(few_processes) == 1 and again["pairs"] == [["IST", "LoRA"]] and again["arms"] == published["arms"]
+    assert again["earlier_commands"] == [result["command"], published["command"]]
 
 
 def test_a_finished_run_of_another_configuration_is_not_taken(tiny, many_rows, write, tmp_path, few_processes):
