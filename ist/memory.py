@@ -143,7 +143,8 @@ def weight_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    states = (optimizer.state[parameter].values() for parameter in parameters)
+    # Not [parameter]: torch's defaultdict would then hold an empty state, which some optimizers take for one of theirs.
+    states = (optimizer.state.get(parameter, {}).values() for parameter in parameters)
     return [value for state in states for value in state if isinstance(value, Tensor)]
 
 

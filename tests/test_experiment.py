@@ -331,6 +331,18 @@ def test_the_arms_that_train_an_orders_ends_train_those_of_the_published_one():
         assert arms[name].settings["fixed_layers"] == ",".join(map(str, sorted(layers)))
 
 
+def test_stepwise_unmasking_saves_what_all_layers_save(tiny, rows, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = {"model_name_or_path": tiny, "train_file": tmp_path / "rows.json", "output_dir": tmp_path / "out"}
+    flags |= {"lora_dropout": 0, "report_to": "none"}
+    ours, usual = (
+        experiment.bytes_by_part(flags | more, [range(4)] * 2, 20)
+        for more in ({"selection": "id3", "id3_budget": 0.1}, {"selection": "all"})
+    )
+    assert ours.pop("optimizer") == 0 < usual.pop("optimizer")  # of a real run it is told by the run
+    assert ours == usual and min(usual.values()) > 0
+
+
 def test_tuning_finds_the_lowest_of_a_valley():
     for count in range(1, 7):
         for lowest in range(count):
