@@ -518,7 +518,10 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     margin = 0.05 * (second - lowest) or 0.01
     for axis in (by_step, by_time):
         axis.set_ylim(lowest - margin, second + margin)  # the model as it is is off the top
-    by_step.legend(fontsize="small")
+    if len(arms) <= 8:
+        by_step.legend(fontsize="small")
+    else:  # would hide the curves
+        figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
     names = list(arms)[::-1]
     ends = np.zeros(len(names))
     shades = {"weights": "0.75", "optimizer": "tab:blue", "gradients": "tab:orange", "saved": "tab:red"}
