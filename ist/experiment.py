@@ -236,7 +236,7 @@ def require_same(path: str | None, known: dict[str, Any], experiment: Experiment
         if arm.top_of:  # whose layers were found there
             settings.pop("fixed_layers", None)
         seeds = [run["seed"] for run in there["runs"]]
-        same = [there.get("tuned_as"), there.get("top_of"), seeds] == [arm.tuned_as, arm.top_of, experiment.seeds]
+        same = [there["tuned_as"], there["top_of"], seeds] == [arm.tuned_as, arm.top_of, experiment.seeds]
         if not same or settings != arm.settings or not (arm.tuned_as or there["tuned"].keys() == arm.tune.keys()):
             raise UsageError(f"--known {path}: its {name} has other keys or seeds; run it anew without --known.")
         for key, values in arm.tune.items():
@@ -834,7 +834,7 @@ def run_arms(runner: Runner, known: dict[str, Any], facts: dict[str, Any], path:
     results["arms"] = {name: there.get(name) or trained[name] for name in arms}
     start = next(iter(trained.values()))["runs"][0]["validation"][0][1]
     results["base"] = known.get("base") or {"validation": start}
-    if not math.isclose(start, results["base"]["validation"], rel_tol=0.01):  # full fine-tuning begins in float32
+    if known and not math.isclose(start, results["base"]["validation"], rel_tol=0.01):  # not exactly: types differ
         raise UsageError(
             f"--known {path} is of another model: its loss is {results['base']['validation']:.4f} before training, "
             f"here {start:.4f}."

@@ -240,7 +240,7 @@ def test_a_whole_experiment(tiny, many_rows, write, tmp_path, capsys, few_proces
     assert joined["earlier_commands"] == [result["command"]]
     assert list(joined["arms"]) == list(result["arms"])
 
-    # What cannot stand beside what is run here is refused before anything is run.
+    # What cannot stand beside what is run here is refused; what runs alone can tell, once they are there.
     arms, other_seed = known["arms"], {**known["arms"]["IST"], "runs": known["arms"]["IST"]["runs"][:1]}
     for wrong, changes, message in (
         (known | {"recipe": {}}, {}, "of another experiment; they differ in recipe"),
