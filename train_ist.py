@@ -50,22 +50,22 @@ from ist.distributed import (
 from ist.layers import adapter_state
 from ist.loss import token_loss_sum
 from ist.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
-from ist.optimizer import RestingState
 from ist.plan import plan_run
 from ist.report import (
     METRICS,
     RunRecord,
     differing_keys,
     environment,
+    is_finished_run,
     peak_memory_bytes,
     read_lines,
-    require_free,
     require_tracker,
     require_writable,
 )
+from ist.resting_state import RestingState
 from ist.sampler import seeded_generator
 from ist.selection import StepwiseUnmasking, make_rule
-from ist.suppression import measuring
+from ist.suppression import evaluation_mode
 from ist.tuner import SparseTuner
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -331,7 +331,7 @@ def main(argv: Sequence[str]) -> int:
     args.probe_max_length = ist_config.probe_tokens(batch_size, args.max_length)
     args.probe_batch_size = ist_config.probe_rows(batch_size)
     configuration = {**vars(args), "global_batch_size": batch_size}
-    if not args.plan and require_free(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
+    if not args.plan and is_finished_run(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
         return 0
 
@@ -503,11 +503,11 @@ def train(
 
     if sharded:
         # FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
-        with measuring(peft_model):
+        with evaluation_mode(peft_model):
             loss_over(rows, [0])
     # Proven when the run began: what is trained since rounds further apart in bfloat16, and no longer tells a leak.
     if args.packing and not checkpoint:
-        with measuring(peft_model):
+        with evaluation_mode(peft_model):
             some = range(min(len(rows), batch_size))
             packed, apart = (reduce_sum(loss_over(rows, some, None, packing)) for packing in (True, False))
         if not torch.allclose(packed, apart, rtol=5e-3 if args.bf16 or args.dtype == "bfloat16" else 1e-4):
@@ -563,7 +563,7 @@ def train(
             raise FloatingPointError(f"a trained weight is not finite after step {finished}; {last_good_checkpoint()}")
 
     def validate() -> float:
-        with measuring(peft_model):
+        with evaluation_mode(peft_model):
             loss_sum, count = reduce_sum(loss_over(data.validation, range(len(data.validation))))
         loss = (loss_sum / count).item()
         if not math.isfinite(loss):
@@ -572,7 +572,7 @@ def train(
         say(f"step {finished}/{max_steps}  validation loss {loss:.4f}")
         return loss
 
-    def settle() -> None:
+    def reduce_and_check() -> None:
         """Make the step's loss and gradient norm numbers, the same on every rank; waits for the device."""
         nonlocal loss, grad_norm
         if isinstance(loss, Tensor):
@@ -581,7 +581,7 @@ def train(
             raise FloatingPointError(f"loss {loss}, grad_norm {grad_norm} at step {finished}; {last_good_checkpoint()}")
 
     def save() -> None:
-        settle()
+        reduce_and_check()
         require_finite_adapter()
         resting_state.restore()
         state = {
@@ -657,7 +657,7 @@ def train(
         tokens += sum(lengths[i] for i in indices)
         logged = finished % args.logging_steps == 0 or finished == max_steps
         if logged:
-            settle()
+            reduce_and_check()
         window_seconds += time.perf_counter() - start
         run_seconds += time.perf_counter() - start
         record.summary.update(steps=finished, trained_counts=tuner.trained_counts)

@@ -3,7 +3,7 @@
     python -m ist.analyze --model_name_or_path M --adapter runs/X/adapter --text_file TXT --output_dir O
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m ist.analyze ...  (shared out)
 
-Leaves O/removals.jsonl, a line per evaluation, O/analysis.json and O/layers.png (lines.jsonl has the losses that are
+Leaves O/ablations.jsonl, a line per evaluation, O/analysis.json and O/layers.png (lines.jsonl has the losses that are
 drawn as lines). A run that was stopped goes on from what it has written.
 """
 
@@ -32,6 +32,7 @@ from matplotlib.ticker import MaxNLocator
 from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from ist.ablation import DIRECTIONS, AblationLoss, Ablations, Tokens, ablate_greedily, mean_loss
 from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
 from ist.data import Data, collate, encode_rows, load_rows, predicted_tokens
 from ist.evaluate import (
@@ -45,7 +46,6 @@ from ist.evaluate import (
     start,
 )
 from ist.model import NO_LAYER_RESPONSE, require_fitting
-from ist.removal import DIRECTIONS, RemovalLoss, Removals, Tokens, mean_loss, remove_greedily
 from ist.report import (
     IMPORTANCE,
     environment,
@@ -243,7 +243,7 @@ def digest(args: AnalyzeArguments) -> str | None:
 def measure_lines(
     file: Path,
     models: dict[str, AnalyzeArguments],
-    removal: Callable[[], RemovalLoss],
+    ablation: Callable[[], AblationLoss],
     tokens: Tokens,
     state: PartialState,
 ) -> dict[str, dict]:
@@ -264,7 +264,7 @@ def measure_lines(
         keep_lines(file, lambda line: True)
         for name in [name for name in wanted if name not in known()]:
             if name == ADAPTER:
-                found = {"loss": removal().full, "layers": removal().layers.names}
+                found = {"loss": ablation().full, "layers": ablation().layers.names}
             else:
                 found = {"loss": mean_loss(load_scorer(models[name], state.device).model, tokens)}
             with open(file, "a") as stream:
@@ -308,7 +308,7 @@ def compare_importance(analysis: dict, scores: Sequence[float]) -> dict[str, dic
 
     Layers that are missed alike (adapters still at zero) stand in an order by their position, but share a rank alone.
     """
-    values = {d: places(analysis, d) for d in analysis["directions"]} | {"single_removal": analysis["single_removal"]}
+    values = {d: places(analysis, d) for d in analysis["directions"]} | {"single_ablation": analysis["single_ablation"]}
     return {name: agreement(scores, importance) for name, importance in values.items()}
 
 
@@ -353,8 +353,8 @@ def told(found: dict) -> str:
 
 def agreement_table(analysis: dict) -> str:
     """Markdown: how the importance scores of runs rank the layers beside the greedy orders, from an analysis.json."""
-    names = {"least": "least important first", "most": "most important first", "single_removal": "each layer alone"}
-    orders = [*analysis["directions"], "single_removal"]
+    names = {"least": "least important first", "most": "most important first", "single_ablation": "each layer alone"}
+    orders = [*analysis["directions"], "single_ablation"]
     rows = []
     for path, found in analysis["importance"].items():
         rows.append([Path(path.removesuffix(IMPORTANCE)).name, *(told(found[name]) for name in orders)])
@@ -406,11 +406,11 @@ def main(argv: Sequence[str]) -> int:
     claim_folder(output_dir, settings, state)
 
     @cache
-    def removal() -> RemovalLoss:
+    def ablation() -> AblationLoss:
         """Loaded when the first evaluation needs it: a finished analysis needs none."""
         model = load_scorer(args, state.device).model
         model.set_adapter(model.active_adapter)  # layers are told by what trains
-        loss = RemovalLoss(model, tokens)
+        loss = AblationLoss(model, tokens)
         if not loss.reuses:
             state.print("Blocks of this model need more than the outputs of those below: every evaluation runs all.")
         if outside := loss.layers.outside:
@@ -419,7 +419,7 @@ def main(argv: Sequence[str]) -> int:
 
     there = known.get("losses", {})
     new = {name: model for name, model in models.items() if name not in there}
-    lines = measure_lines(output_dir / "lines.jsonl", new, removal, tokens, state)
+    lines = measure_lines(output_dir / "lines.jsonl", new, ablation, tokens, state)
     losses = there | {name: lines[name]["loss"] for name in new}
     losses[ADAPTER] = losses.pop(ADAPTER)  # drawn last
     names = known["layers"] if known else lines[ADAPTER]["layers"]
@@ -434,16 +434,16 @@ def main(argv: Sequence[str]) -> int:
         for key in ("importance", "between_runs") if scores else ():
             analysis.pop(key, None)
     else:
-        removals = Removals(output_dir / "removals.jsonl", len(names), removal, state)
+        ablations = Ablations(output_dir / "ablations.jsonl", len(names), ablation, state)
         results = {
-            direction: remove_greedily(direction, len(names), partial(removals.losses, direction))
+            direction: ablate_greedily(direction, len(names), partial(ablations.losses, direction))
             for direction in args.directions
         }
-        singly = removals.losses(args.directions[0], []).values()
+        singly = ablations.losses(args.directions[0], []).values()
         analysis = {
             "losses": losses,
             "directions": results,
-            "single_removal": [loss - losses[ADAPTER] for loss in singly],
+            "single_ablation": [loss - losses[ADAPTER] for loss in singly],
             "layers": names,
             "tokens": tokens.predicted,
             "arguments": asdict(args) | {key: settings[key] for key in ("adapter_digest", "data_digest")},

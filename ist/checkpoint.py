@@ -25,6 +25,7 @@ from ist.distributed import full_tensor, like
 from ist.selection.packed_adamw import PackedAdamW
 
 STATE = "checkpoint.json"
+FORMAT = 1  # of the files and of what checkpoint.json has; one that names no format is of the first
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -140,7 +141,7 @@ def save_checkpoint(
     save_file(adapter, temporary / "adapter.safetensors")
     save_file(tensors, temporary / "optimizer.safetensors")
     sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-    write_json(temporary / STATE, {"step": step, "files": sizes, "optimizer": numbers, **state})
+    write_json(temporary / STATE, {"format": FORMAT, "step": step, "files": sizes, "optimizer": numbers, **state})
     publish(temporary, final)
     return final
 
@@ -172,20 +173,29 @@ def find_checkpoint(output_dir: Path, request: str | None) -> tuple[Path, dict] 
     """(path, state) of what resume_from_checkpoint asks for: None for none, and for auto where there is none yet.
 
     Raises:
-        UsageError: the path asked for is not a whole checkpoint.
+        UsageError: the path asked for is not a whole checkpoint, or it was written by a later version.
     """
+
+    def known(path: Path, state: dict) -> tuple[Path, dict]:
+        if (number := state.get("format", 1)) > FORMAT:
+            raise UsageError(
+                f"--resume_from_checkpoint: {path} has format {number}, this version reads up to {FORMAT}. Resume with "
+                "the version that wrote it."
+            )
+        return path, state
+
     if request in (None, "none"):
         return None
     if request == "auto":
         for step in sorted(checkpoint_steps(output_dir), reverse=True):
             path = output_dir / "checkpoints" / step_name(step)
             if (state := read_state(path)) is not None:
-                return path, state
+                return known(path, state)
             print(f"{path} is not whole; it is left out.")
         return None
     if (state := read_state(Path(request))) is None:
         raise UsageError(f"--resume_from_checkpoint must be none, auto or a whole checkpoint folder; got {request}.")
-    return Path(request), state
+    return known(Path(request), state)
 
 
 def load_adapter(path: Path, adapter: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -282,7 +282,7 @@ def gather_parts(values: Tensor, tensor: Tensor) -> Tensor:
     return full_tensor(with_local(values.view(local_tensor(tensor).shape), tensor)).view(-1)
 
 
-class Traffic:
+class CollectiveCounter:
     """Counts what this rank's collectives carry, while it is entered: for benchmarks and tests.
 
     Attributes:
@@ -309,7 +309,7 @@ class Traffic:
 
         return call
 
-    def __enter__(self) -> "Traffic":
+    def __enter__(self) -> "CollectiveCounter":
         self._originals = {name: getattr(dist, name) for name in self.COLLECTIVES if hasattr(dist, name)}
         for name, original in self._originals.items():
             setattr(dist, name, self._counted(name, original))

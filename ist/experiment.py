@@ -4,7 +4,7 @@
         --model_name_or_path models/SmolLM2-135M-Instruct --output_dir runs/arithmetic
 
 Every run is a `train_ist.py` of its own, goes on where it was stopped, and is not done twice. Leaves in the folder
-experiment.json (every run's numbers), curves.png, importance.png and index.html, one page with all of it.
+experiment.json (every run's numbers), curves.png and importance.png, results.md and tuning.md.
 """
 
 import hashlib
@@ -43,7 +43,6 @@ from ist.report import (
     IMPORTANCE,
     METRICS,
     differing_keys,
-    html_page,
     joined,
     keep_lines,
     listed,
@@ -695,7 +694,7 @@ def tables(results: dict[str, Any]) -> str:
     answers, text = any(exact.values()), results["text"]
     rows = []
     cells = [f"{base['validation']:.4f}", f"{math.exp(base['validation']):.2f}"]
-    rows.append(["as it is", "", "0", *cells, f"{100 * base.get('exact', 0):.1f}", "", "", ""])
+    rows.append(["base model", "", "0", *cells, f"{100 * base.get('exact', 0):.1f}", "", "", ""])
     for name, arm in arms.items():
         runs, (low, high) = arm["runs"], arm["interval"]
         rows.append(
@@ -889,10 +888,9 @@ def main(argv: Sequence[str]) -> int:
         publish(target, command, accelerator, table, Path(args.readme) if args.readme else None, **results)
         for picture in pictures:
             (target.parent / f"{target.stem}-{picture.name}").write_bytes(picture.read_bytes())
-    sections = [("Results", table), *((picture.stem.capitalize(), picture) for picture in pictures)]
-    sections += [("Tuning", tuning_table(results["trials"])), ("Command", command)]
-    html_page(folder / "index.html", results["name"], sections)
-    print(f"{folder / 'index.html'}")
+    (folder / "results.md").write_text(f"{table}\n\n`{command}`\n")
+    (folder / "tuning.md").write_text(tuning_table(results["trials"]) + "\n")
+    print(f"{folder / 'results.md'}, {folder / 'tuning.md'}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """How the candidate losses of an importance update are measured (Eq. 8), or estimated.
 
 Each function gives [N_c, 2] float64 for this rank's share of the probe rows: (sum of token losses, predicted tokens) of
-every candidate set. Call them within `suppression.measuring`.
+every candidate set. Call them within `suppression.evaluation_mode`.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -4,9 +4,7 @@
 """
 
 import argparse
-import base64
 import fcntl
-import html
 import json
 import os
 import platform
@@ -196,7 +194,7 @@ def require_writable(output_dir: Path) -> None:
         raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
 
 
-def require_free(output_dir: Path, configuration: dict, resume: bool) -> bool:
+def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool:
     """Whether the run in `output_dir` is this one and finished.
 
     Raises:
@@ -534,39 +532,6 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     memory.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.35, 1.06), ncols=4)
     memory.margins(x=0.15)
     figure.savefig(path, dpi=110)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ border: 1px solid #ccc; padding: .3rem .6rem }}
-th {{ background: #f4f4f4; text-align: left }} img {{ max-width: 100% }} code {{ overflow-wrap: anywhere }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
-
-
-def html_page(path: Path, title: str, sections: Sequence[tuple[str, str | Path]]) -> None:
-    """One page that needs no other file: (heading, Markdown tables | a picture's path | text) one after another."""
-    parts = []
-    for heading, content in sections:
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        if isinstance(content, Path):
-            data = base64.b64encode(content.read_bytes()).decode()
-            parts.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">')
-            continue
-        for block in content.split("\n\n"):
-            lines = block.splitlines()
-            if not lines or not lines[0].startswith("| "):
-                parts.append(f"<p><code>{html.escape(block)}</code></p>")
-                continue
-            cells = [[html.escape(cell) for cell in line.strip("| ").split(" | ")] for line in lines]
-            head = "".join(f"<th>{cell}</th>" for cell in cells[0])
-            rows = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells[2:])
-            parts.append(f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
-    path.write_text(_PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
 
 
 def read_results(folder: Path) -> dict[str, Any]:

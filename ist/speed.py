@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from ist.config import CHEAP, parse_arguments
 from ist.data import GlobalBatches, collate, micro_batches, prepare_data
-from ist.distributed import Traffic
+from ist.distributed import CollectiveCounter
 from ist.model import load_model, make_peft_config, plan_layers
 from ist.report import RunRecord, read_lines, spearman
 from ist.selection import StepwiseUnmasking
@@ -132,7 +132,7 @@ class Stopwatch:
                 setattr(owner, name, original)
 
 
-class Turns:
+class Lockstep:
     """Inside an arm's process: before a step, wait until the others have done theirs, and say when it is done.
 
     Args:
@@ -224,7 +224,7 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def run_ours(job, flags: dict, parts: bool, turns: Turns | None = None) -> dict[str, float]:
+def run_ours(job, flags: dict, parts: bool, turns: Lockstep | None = None) -> dict[str, float]:
     """Seconds per step of train_ist.py after the first window: `total`, turns apart, and with `parts` of each part."""
     _reset()
     steps = int(flags["max_steps"])
@@ -254,7 +254,7 @@ def run_ours(job, flags: dict, parts: bool, turns: Turns | None = None) -> dict[
     return {"total": total, **peak, **seconds}
 
 
-def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Turns) -> None:
+def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Lockstep) -> None:
     """Plain PEFT as one would write it down: forward, backward, clip, AdamW."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0)
@@ -274,7 +274,7 @@ def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: 
         optimizer.zero_grad(set_to_none=True)
 
 
-def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Turns) -> None:
+def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Lockstep) -> None:
     class TakeTurns(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             turns.wait(state.global_step)
@@ -311,7 +311,7 @@ def arguments_of(job, flags: dict) -> Namespace:
 
 def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
     """Inside an arm's process: all its steps, in turn with the others."""
-    turns, job = Turns(stride), train_ist()
+    turns, job = Lockstep(stride), train_ist()
     if arm not in ("bare loop", "transformers.Trainer"):
         turns.finish(run_ours(job, flags, parts, turns))
         return
@@ -536,7 +536,7 @@ def communicate(flags: dict) -> None:
     """On each rank of a launch: train, and rank 0 prints {collective: [calls, bytes] per step} as one line of JSON."""
     job = train_ist()
     begin_step = SparseTuner.begin_step
-    with Traffic() as traffic:
+    with CollectiveCounter() as traffic:
 
         def begin(tuner: SparseTuner, step: int) -> dict | None:
             traffic.steps.append({})

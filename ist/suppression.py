@@ -106,7 +106,7 @@ def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout, nothing that adapters sample: how losses are measured, by probes and by validation.
 
     The base model stays in train mode: in eval mode, bitsandbytes packs 4-bit weights on CPU at the first

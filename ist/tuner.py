@@ -12,7 +12,7 @@ from ist import distributed, probe
 from ist.config import ISTConfig, UsageError
 from ist.layers import LayerMap
 from ist.selection import CalibratedRule, make_rule
-from ist.suppression import measuring
+from ist.suppression import evaluation_mode
 
 
 class SparseTuner:
@@ -78,7 +78,7 @@ class SparseTuner:
             return None
         if not self.rule.calibrated:
             self._require_batches()
-            with measuring(self.model):
+            with evaluation_mode(self.model):
                 self.rule.calibrate(self.model, self.layers, self.batches("calibration"))
         return self.rule.summary()
 
@@ -107,7 +107,7 @@ class SparseTuner:
         """The importance loop: one loss per candidate set, everything outside the set suppressed (Eq. 8-10)."""
         start = time.perf_counter()
         candidates = self.rule.candidates(step)
-        with measuring(self.model):
+        with evaluation_mode(self.model):
             if self.config.probe == "full":
                 sums = probe.one_by_one(self.layers, candidates, self.config.suppression, lambda: self.probe_loss(step))
             else:

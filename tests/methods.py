@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from ist import report
 from ist.config import UsageError, brief
 from ist.layers import LayerMap
-from ist.suppression import measuring, suppress
+from ist.suppression import evaluation_mode, suppress
 from ist.tuner import SparseTuner
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -223,7 +223,7 @@ def suppression(model: PeftModel, layers: LayerMap) -> str:
             module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
     ids = torch.randint(3, 400, (3, 17), generator=torch.Generator().manual_seed(2))
     ids[:, 5] = COLON  # where aLoRA begins
-    with measuring(model):
+    with evaluation_mode(model):
         with model.disable_adapter():
             base = model(input_ids=ids).logits
         # Away from where training left it, as far as shows: what a method makes of one number differs by thousands.
@@ -300,7 +300,7 @@ def resume(work: Path, name: str, run: Path) -> str:
 def reload(work: Path, watch: Watch, run: Path, dequantised: bool = False) -> str:
     ids = torch.randint(3, 400, (3, 17), generator=torch.Generator().manual_seed(2))
     ids[:, 5] = COLON  # where aLoRA begins
-    with measuring(watch.tuner.model):
+    with evaluation_mode(watch.tuner.model):
         trained = watch.tuner.model(input_ids=ids).logits
     with contextlib.redirect_stderr(io.StringIO()):
         base = AutoModelForCausalLM.from_pretrained(work / "tiny")

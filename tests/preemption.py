@@ -81,18 +81,18 @@ class Interruptions:
         return call
 
     def install(self) -> None:
-        measuring = train_ist.measuring
+        evaluation_mode = train_ist.evaluation_mode
 
         @contextlib.contextmanager
         def evaluation(model):
             self.inside.append("evaluation")
             try:
-                with measuring(model):
+                with evaluation_mode(model):
                     yield
             finally:
                 self.inside.pop()
 
-        train_ist.measuring = evaluation
+        train_ist.evaluation_mode = evaluation
         tuner = ist.tuner.SparseTuner
         tuner.update_importance = self.within("probe", tuner.update_importance)
         train_ist.token_loss_sum = self.at(train_ist.token_loss_sum)

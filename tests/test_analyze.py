@@ -18,14 +18,14 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist import analyze
+from ist.ablation import AblationLoss, Tokens, ablate_greedily
 from ist.analyze import agreement, agreement_table, compare_importance, greedy_order, main
 from ist.config import ISTConfig, UsageError, parse_arguments
 from ist.data import collate, make_prompt
 from ist.layers import ATTENTION, default_target_modules
-from ist.removal import RemovalLoss, Tokens, remove_greedily
 
 N_LAYERS, PLANTED = 4, 1
-FILES = ("analysis.json", "arguments.json", "layers.png", "lines.jsonl", "removals.jsonl")
+FILES = ("ablations.jsonl", "analysis.json", "arguments.json", "layers.png", "lines.jsonl")
 
 
 def noise(model, std: float) -> None:
@@ -137,7 +137,7 @@ def test_the_order_is_that_of_weights_set_to_zero(folder, whole, direction, choo
     assert analysis["directions"][direction]["order"] == order
     assert analysis["directions"][direction]["losses"] == pytest.approx(losses, rel=1e-5)
     assert analysis["directions"][direction]["perplexities"] == pytest.approx([math.exp(x) for x in losses], rel=1e-4)
-    assert analysis["single_removal"] == pytest.approx(alone, abs=1e-5)
+    assert analysis["single_ablation"] == pytest.approx(alone, abs=1e-5)
     assert len({round(loss, 5) for loss in losses}) == N_LAYERS  # no ties, which would leave the order open
     assert greedy_order(analysis, direction) == (order if direction == "least" else order[::-1])
 
@@ -157,7 +157,7 @@ def test_the_ends_are_the_adapter_and_the_base_model(folder, whole):
 def test_what_one_layer_has_learned_is_found(whole):
     analysis = result(whole)
     assert analysis["directions"]["least"]["order"][-1] == analysis["directions"]["most"]["order"][0] == PLANTED
-    assert max(analysis["single_removal"]) == analysis["single_removal"][PLANTED]
+    assert max(analysis["single_ablation"]) == analysis["single_ablation"][PLANTED]
 
 
 def test_of_layers_missed_alike_the_lowest_goes_first():
@@ -165,7 +165,7 @@ def test_of_layers_missed_alike_the_lowest_goes_first():
         return {i: 1.0 for i in range(3) if i not in gone}
 
     for direction in ("least", "most"):
-        assert remove_greedily(direction, 3, losses_without)["order"] == [0, 1, 2]
+        assert ablate_greedily(direction, 3, losses_without)["order"] == [0, 1, 2]
 
 
 def adapted(family: str):
@@ -194,7 +194,7 @@ TEXT_FAMILIES = [name for name, (config, _) in FAMILIES.items() if config not in
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_blocks_below_the_layer_do_not_run_and_nothing_changes(family):
     model, tokens = adapted(family)
-    fast, slow = RemovalLoss(model, tokens), RemovalLoss(model, tokens)
+    fast, slow = AblationLoss(model, tokens), AblationLoss(model, tokens)
     assert fast.reuses
     slow.reuses = False
     ran = [0] * 4
@@ -220,28 +220,28 @@ def test_where_a_block_needs_more_all_blocks_run():
     handed_on = []  # from inside the first block to the last one, past the outputs of the blocks
     layers[0].mlp.register_forward_hook(lambda module, args, output: handed_on.append(output))
     layers[3].mlp.register_forward_hook(lambda module, args, output: output + handed_on.pop())
-    removal = RemovalLoss(model, tokens)
-    assert not removal.reuses
+    ablation = AblationLoss(model, tokens)
+    assert not ablation.reuses
     handed_on.clear()
-    assert removal([0], 1) == removal([1], 0) != removal.full
+    assert ablation([0], 1) == ablation([1], 0) != ablation.full
 
 
 def count_evaluations(monkeypatch) -> list:
-    calls, original = [], RemovalLoss.__call__
+    calls, original = [], AblationLoss.__call__
 
     def counted(self, removed, layer):
         calls.append(frozenset([*removed, layer]))
         return original(self, removed, layer)
 
-    monkeypatch.setattr(RemovalLoss, "__call__", counted)
+    monkeypatch.setattr(AblationLoss, "__call__", counted)
     return calls
 
 
 def test_every_evaluation_is_a_line_and_made_once(folder, whole, tmp_path, monkeypatch):
     calls = count_evaluations(monkeypatch)
     run(folder, tmp_path / "again")
-    assert contents(tmp_path / "again")["removals.jsonl"] == contents(whole)["removals.jsonl"]
-    lines = read_lines(whole / "removals.jsonl")
+    assert contents(tmp_path / "again")["ablations.jsonl"] == contents(whole)["ablations.jsonl"]
+    lines = read_lines(whole / "ablations.jsonl")
     assert [line["direction"] for line in lines] == ["least"] * 10 + ["most"] * 10  # n (n + 1) / 2 each
     assert len(calls) == len(set(calls)) == len({frozenset([*line["removed"], line["layer"]]) for line in lines}) < 17
     for line in lines:
@@ -255,8 +255,10 @@ def test_a_stopped_analysis_goes_on(folder, whole, tmp_path, monkeypatch, cut):
     shutil.copytree(whole, tmp_path / "cut")
     for name in ("analysis.json", "layers.png"):
         (tmp_path / "cut" / name).unlink()
-    lines = (whole / "removals.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "cut/removals.jsonl").write_text("".join(lines[: int(cut)]) + (lines[int(cut)][:30] if cut % 1 else ""))
+    lines = (whole / "ablations.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut/ablations.jsonl").write_text(
+        "".join(lines[: int(cut)]) + (lines[int(cut)][:30] if cut % 1 else "")
+    )
     if not cut:
         (tmp_path / "cut/lines.jsonl").write_text((whole / "lines.jsonl").read_text()[:-20])
     calls = count_evaluations(monkeypatch)
@@ -354,9 +356,9 @@ def test_lines_and_the_picture(folder, whole, tmp_path, monkeypatch):
     run(folder, tmp_path / "out", "--lines", *lines)
     assert result(tmp_path / "out")["losses"]["full fine-tuning"] == pytest.approx(math.log(other.config.vocab_size))
 
-    # Elsewhere, to a finished analysis: its removals are not measured again, the same comes out, and more can be added.
+    # Elsewhere, to a finished analysis: its ablations are not measured again, and more can be added.
     monkeypatch.undo()
-    monkeypatch.setattr(analyze, "RemovalLoss", lambda *_: pytest.fail("layers were taken away again"))
+    monkeypatch.setattr(analyze, "AblationLoss", lambda *_: pytest.fail("layers were taken away again"))
     published = tmp_path / "published.json"
     published.write_text(json.dumps(result(whole) | {"date": "2026-01-02", "commit": "abc"}))
     scores = tmp_path / "importance.jsonl"
@@ -417,12 +419,12 @@ def test_the_printed_flags_train_the_ends_of_the_order(folder, whole, capsys):
 def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     analysis = {
         "directions": {"least": {"order": [2, 0, 3, 1]}, "most": {"order": [3, 1, 0, 2]}},
-        "single_removal": [0.2, 0.1, 0.0, 0.3],
+        "single_ablation": [0.2, 0.1, 0.0, 0.3],
     }
     found = compare_importance(analysis, [1.0, 3.0, 0.0, 2.0])
     assert found["least"] == {"rho": pytest.approx(1), "interval": pytest.approx([1, 1])}
     assert found["most"]["rho"] == pytest.approx(0.8)
-    assert found["single_removal"]["rho"] == pytest.approx(0.4)
+    assert found["single_ablation"]["rho"] == pytest.approx(0.4)
     assert compare_importance(analysis, [-1.0, -3.0, 0.0, -2.0])["least"]["rho"] == pytest.approx(-1)
     # Ten values with rho 29/165 (ranks of IQ and hours of television, a textbook example), its interval by hand.
     iq, hours = (86, 97, 99, 100, 101, 103, 106, 110, 112, 113), (2, 20, 28, 27, 50, 29, 7, 17, 6, 12)

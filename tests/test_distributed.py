@@ -243,24 +243,24 @@ def test_another_number_of_ranks_cuts_the_same_global_batch(runs, tiny, train_fi
 @pytest.mark.slow
 def test_qlora_on_two_ranks_trains_saves_and_resumes(device, tiny, train_file, tmp_path):
     courses = {}
-    for name in ("ddp_qlora", "fsdp2_qlora"):
+    for name in ("ddp", "fsdp2"):
         options = {"load_in_4bit": True, "max_steps": 12, "save_steps": 6, "eval_steps": 6}
         flags = flags_of(tiny, train_file, tmp_path / name, 2, **options)
         result = launch(f"{name}.yaml", flags, tmp_path / f"spy-{name}", device=device)
         assert result.returncode == 0, result.stderr[-3000:]
         assert all(seen["linear_4bit"] == 4 * 7 for seen in spied(tmp_path / f"spy-{name}"))
         courses[name] = [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
-    assert all(seen["all_dtensors"] for seen in spied(tmp_path / "spy-fsdp2_qlora"))
-    assert courses["ddp_qlora"] == pytest.approx(courses["fsdp2_qlora"], abs=1e-5)
-    assert courses["ddp_qlora"][-1] < courses["ddp_qlora"][0]
+    assert all(seen["all_dtensors"] for seen in spied(tmp_path / "spy-fsdp2"))
+    assert courses["ddp"] == pytest.approx(courses["fsdp2"], abs=1e-5)
+    assert courses["ddp"][-1] < courses["ddp"][0]
     again = flags_of(tiny, train_file, tmp_path / "again", 2, **options)
-    checkpoint = tmp_path / "ddp_qlora/checkpoints/step_000006"
+    checkpoint = tmp_path / "ddp/checkpoints/step_000006"
     result = launch(
-        "ddp_qlora.yaml", [*again, "--resume_from_checkpoint", str(checkpoint)], tmp_path / "spy-again", device=device
+        "ddp.yaml", [*again, "--resume_from_checkpoint", str(checkpoint)], tmp_path / "spy-again", device=device
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    difference = adapter_of(tmp_path / "again") - adapter_of(tmp_path / "ddp_qlora")
-    assert difference.norm() < 1e-6 * adapter_of(tmp_path / "ddp_qlora").norm()
+    difference = adapter_of(tmp_path / "again") - adapter_of(tmp_path / "ddp")
+    assert difference.norm() < 1e-6 * adapter_of(tmp_path / "ddp").norm()
 
 
 @pytest.mark.slow

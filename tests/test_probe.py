@@ -13,7 +13,7 @@ from ist.config import ISTConfig
 from ist.data import micro_batches
 from ist.layers import LayerMap
 from ist.loss import token_loss_sum
-from ist.suppression import RowsMixed, measuring, suppress
+from ist.suppression import RowsMixed, evaluation_mode, suppress
 
 CANDIDATES = [[0, 2], [1, 2, 4], [3, 4]]
 CONFIGS = {
@@ -48,7 +48,7 @@ def exact(model, layers, candidates, beta):
         tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         return torch.stack([sum(token_loss_sum(model, batch) for batch in batches), tokens])
 
-    with measuring(model):
+    with evaluation_mode(model):
         return probe.one_by_one(layers, candidates, beta, loss)
 
 
@@ -57,7 +57,7 @@ def test_stacked_candidates_have_the_losses_of_one_by_one(name):
     model, layers = adapted(name)
     expected = exact(model, layers, CANDIDATES, 0.25)
     assert (expected[:, 0] - expected[0, 0])[1:].abs().min() > 0.01  # the candidates differ
-    with measuring(model):
+    with evaluation_mode(model):
         sums = probe.stacked(model, layers, CANDIDATES, 0.25, some_batches())
     torch.testing.assert_close(sums, expected, rtol=2e-6, atol=0)
 
@@ -66,7 +66,7 @@ def test_stacked_is_one_forward_a_batch():
     model, layers = adapted("lora")
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(len(out)))
-    with measuring(model):
+    with evaluation_mode(model):
         probe.stacked(model, layers, CANDIDATES, 0.25, some_batches())
     assert seen == [9, 9, 9]
 
@@ -84,7 +84,7 @@ def test_derivatives_by_the_responses_beside_differences(name, checkpointing):
         with suppress(layers.modules[i], g):
             return sum(token_loss_sum(model, batch) for batch in some_batches())
 
-    with measuring(model):
+    with evaluation_mode(model):
         _, derivatives, tokens = probe.gate_derivatives(model, layers, some_batches())
         steps = {-2: 1, -1: -8, 1: 8, 2: -1}  # of fourth order
         differences = [sum(w * loss(i, 1 + n * h) for n, w in steps.items()) / (12 * h) for i in range(5)]
@@ -101,7 +101,7 @@ def test_the_estimate_is_exact_to_first_order():
     errors = []
     for distance in (1e-2, 1e-3):
         expected = exact(model, layers, CANDIDATES, 1 - distance)
-        with measuring(model):
+        with evaluation_mode(model):
             sums = probe.estimated(model, layers, CANDIDATES, 1 - distance, some_batches())
         assert torch.equal(sums[:, 1], expected[:, 1])
         errors.append((sums - expected)[:, 0].abs().max().item())
@@ -112,7 +112,7 @@ def test_the_estimate_is_exact_to_first_order():
 def test_an_exception_leaves_nothing_frozen():
     model, layers = adapted("lora")
     trains = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ZeroDivisionError), measuring(model):
+    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
         probe.gate_derivatives(model, layers, (1 / 0 for _ in range(1)))
     assert [p.requires_grad for p in model.parameters()] == trains
     assert not any(m._forward_hooks or m._forward_pre_hooks for modules in layers.modules for m in modules)
@@ -126,12 +126,12 @@ def test_a_model_that_flattens_rows_and_positions():
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["fc1", "q_proj"], init_lora_weights=False)).train()
     layers = LayerMap(model)
     expected = exact(model, layers, CANDIDATES, 0.25)
-    with measuring(model):
+    with evaluation_mode(model):
         torch.testing.assert_close(
             probe.stacked(model, layers, CANDIDATES, 0.25, some_batches()), expected, rtol=2e-6, atol=0
         )
         near = exact(model, layers, CANDIDATES, 0.99)
-        with measuring(model):
+        with evaluation_mode(model):
             estimate = probe.estimated(model, layers, CANDIDATES, 0.99, some_batches())
     torch.testing.assert_close(estimate, near, rtol=1e-4, atol=0)
 
@@ -144,7 +144,7 @@ def test_rows_that_cannot_be_told_apart_are_measured_one_by_one(monkeypatch):
         raise RowsMixed
 
     monkeypatch.setattr(probe, "_stacked_losses", mixed)
-    with measuring(model):
+    with evaluation_mode(model):
         torch.testing.assert_close(probe.stacked(model, layers, CANDIDATES, 0.25, some_batches()), expected)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from ist.layers import LayerMap
-from ist.suppression import measuring, suppress
+from ist.suppression import evaluation_mode, suppress
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 CONFIGS = {
@@ -180,7 +180,7 @@ def test_measuring_turns_off_what_adapters_draw_at_random(config):
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     ids = torch.randint(0, 400, (2, 9))
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    with measuring(model):
+    with evaluation_mode(model):
         assert torch.equal(model(ids).logits, model(ids).logits)
     assert not torch.equal(model(ids).logits, model(ids).logits)
 
@@ -193,7 +193,7 @@ def test_measuring_turns_off_dropout_of_every_kind_and_nothing_else():
     ids = torch.randint(0, 400, (2, 9))
     assert not torch.equal(model(ids).logits, model(ids).logits)
     flags = {name: module.training for name, module in model.named_modules()}
-    with measuring(model):
+    with evaluation_mode(model):
         first = model(ids).logits
         assert torch.equal(first, model(ids).logits)
         assert not first.requires_grad

@@ -777,6 +777,20 @@ def test_a_checkpoint_of_another_configuration_names_the_keys(train, tmp_path):
               per_device_train_batch_size=3)  # fmt: skip
 
 
+def test_a_checkpoint_of_a_later_format_is_refused_and_one_without_a_number_is_read(train, tmp_path):
+    assert train(max_steps=4, save_steps=2) == 0
+    checkpoint = tmp_path / "run/checkpoints/step_000002"
+    state = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert state.pop("format") == 1
+    (checkpoint / "checkpoint.json").write_text(json.dumps(state | {"format": 2}))
+    with pytest.raises(UsageError, match="has format 2, this version reads up to 1"):
+        train(max_steps=4, save_steps=2, output_dir=tmp_path / "new", resume_from_checkpoint=checkpoint)
+    (checkpoint / "checkpoint.json").write_text(json.dumps(state))
+    options = {"output_dir": tmp_path / "new", "resume_from_checkpoint": checkpoint}
+    assert train(max_steps=4, save_steps=2, **options) == 0
+    assert_same_adapter(tmp_path / "new", tmp_path / "run")
+
+
 def test_recipe_first_then_flags(train, tmp_path):
     (tmp_path / "r.yaml").write_text(
         "learning_rate: 1e-3\nlora_r: 2\nlora_dropout: 0.0\nbf16: false\nlora_alpha: null\n"

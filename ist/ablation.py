@@ -19,7 +19,7 @@ from ist.distributed import reduce_sum
 from ist.layers import LayerMap
 from ist.loss import token_loss_sum
 from ist.report import keep_lines, read_lines
-from ist.suppression import measuring, suppress
+from ist.suppression import evaluation_mode, suppress
 
 # How a layer is chosen at each stage, of the losses without it: the lowest loss means that it mattered least.
 DIRECTIONS = {"least": min, "most": max}
@@ -37,7 +37,7 @@ def mean_loss(model: nn.Module, tokens: Tokens, before: Callable[[int], Any] | N
         UsageError: it is not finite.
     """
     total = 0.0
-    with measuring(model):
+    with evaluation_mode(model):
         for i, batch in enumerate(tokens.batches):
             if before:
                 before(i)
@@ -47,7 +47,7 @@ def mean_loss(model: nn.Module, tokens: Tokens, before: Callable[[int], Any] | N
     return total / tokens.predicted
 
 
-class RemovalLoss:
+class AblationLoss:
     """The loss of some tokens, with the adapter responses of a set of layers taken away (suppressed with g = 0).
 
     To take away one layer more changes nothing below it. So the outputs of all blocks are kept once for the layers that
@@ -124,11 +124,11 @@ def _replaceable(blocks: Sequence[nn.Module]) -> Iterator[Callable[[Sequence], N
             vars(block).pop("forward", None)
 
 
-class Removals:
-    """Evaluations, each made once: what removals.jsonl has is not measured again. Every rank calls it alike."""
+class Ablations:
+    """Evaluations, each made once: what ablations.jsonl has is not measured again. Every rank calls it alike."""
 
-    def __init__(self, file: Path, n_layers: int, removal: Callable[[], RemovalLoss], state: PartialState) -> None:
-        self.file, self.n_layers, self.removal, self.state = file, n_layers, removal, state
+    def __init__(self, file: Path, n_layers: int, ablation: Callable[[], AblationLoss], state: PartialState) -> None:
+        self.file, self.n_layers, self.ablation, self.state = file, n_layers, ablation, state
         lines = read_lines(file)
         self.done = {(line["direction"], line["stage"], line["layer"]) for line in lines}
         self.known = {frozenset([*line["removed"], line["layer"]]): line["loss"] for line in lines}
@@ -148,7 +148,7 @@ class Removals:
             losses = torch.zeros(self.n_layers, dtype=torch.float64, device=self.state.device)
             for layer in together[self.state.process_index :][:1]:
                 loss = self.known.get(frozenset([*removed, layer]))
-                losses[layer] = self.removal()(removed, layer) if loss is None else loss
+                losses[layer] = self.ablation()(removed, layer) if loss is None else loss
             found = reduce_sum(losses).tolist()
             self.known |= {frozenset([*removed, layer]): found[layer] for layer in together}
             if self.state.is_main_process:
@@ -160,7 +160,7 @@ class Removals:
         return {layer: self.known[frozenset([*removed, layer])] for layer in left}
 
 
-def remove_greedily(
+def ablate_greedily(
     direction: str, n_layers: int, losses_without: Callable[[list[int]], dict[int, float]]
 ) -> dict[str, list]:
     """{order: layers as they went, losses: after each}; of layers that are missed alike the lowest goes first.
