@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from ist.config import quiet_known_warnings
+from ist.training.command_line import quiet_known_warnings
 
 quiet_known_warnings()
 
@@ -34,10 +34,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from ist import checkpoint as ckpt
 from ist.adapters.adalora import AdaLoraAllocation
-from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
-from ist.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
+from ist.config import ISTConfig, UsageError, require
 from ist.distributed import (
     GradientReducer,
     StopAgreement,
@@ -49,8 +47,6 @@ from ist.distributed import (
 )
 from ist.layers import adapter_state
 from ist.loss import token_loss_sum
-from ist.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
-from ist.plan import plan_run
 from ist.report import (
     METRICS,
     RunRecord,
@@ -62,10 +58,15 @@ from ist.report import (
     require_tracker,
     require_writable,
 )
-from ist.resting_state import RestingState
 from ist.sampler import seeded_generator
 from ist.selection import StepwiseUnmasking, make_rule
 from ist.suppression import evaluation_mode
+from ist.training import checkpoint as ckpt
+from ist.training.command_line import brief, parse_arguments, run_command
+from ist.training.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
+from ist.training.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
+from ist.training.plan import plan_run
+from ist.training.resting_state import RestingState
 from ist.tuner import SparseTuner
 
 # ---------------------------------------------------------------------------------------------------------- arguments

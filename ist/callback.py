@@ -22,10 +22,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ist.config import ISTConfig
-from ist.data import IGNORE, probe_rows
 from ist.layers import drop_input_grad_hooks
 from ist.loss import token_loss_sum
 from ist.report import IMPORTANCE, PICTURE, importance_values, keep_lines, plot_importance, read_lines
+from ist.training.data import IGNORE, probe_rows
 from ist.tuner import SparseTuner
 
 

@@ -1,27 +1,8 @@
-"""ISTConfig, every hyper-parameter of the method in one place, and the one way all commands read their arguments.
+"""ISTConfig: every hyper-parameter of the method in one place, and the checks of each."""
 
-YAML first, flags override. Whatever is wrong with them is a `UsageError`: one line that names the key, the value and
-what is allowed, printed by rank 0, exit code 2.
-"""
-
-import difflib
-import logging
-import os
 import re
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
-
-import yaml
-from transformers import HfArgumentParser
-
-
-def quiet_known_warnings() -> None:
-    """Call before PEFT is imported: bitsandbytes warns of an absent CPU kernel then, and PEFT of a renamed property."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|gradient_checkpointing_enable).*deprecated")
 
 
 class UsageError(Exception):
@@ -32,11 +13,6 @@ def require(ok: bool, key: str, allowed: str, value: Any) -> None:
     """Raise a UsageError naming `key`, what is `allowed` and the `value` that was given, unless `ok`."""
     if not ok:
         raise UsageError(f"--{key} must be {allowed}; got {value}.")
-
-
-def brief(error: BaseException) -> str:
-    """An error's text on one line, cut to what a line can carry."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class LayerCounts(NamedTuple):
@@ -294,87 +270,3 @@ class ISTConfig:
         """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8). The released rule floors fractions."""
         trained = n_layers if self.selection == "all" else self.layer_count("trained_layers", n_layers)
         return LayerCounts(n_layers, trained, self.layer_count("kept_layers", n_layers))
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        message = re.sub(r"argument (--\w+)\S*: invalid (\w+) value: (.*)", r"\1 must be of type \2; got \3", message)
-        message = re.sub(r"argument (--\w+)\S*:", r"\1:", message)
-        raise UsageError(message.rstrip(".") + ". See --help.")
-
-
-def _yaml_as_flags(path: str) -> list[str]:
-    """The keys of a flat YAML file as command line flags, so that both go through the same type checks."""
-    try:
-        with open(path) as file:
-            values = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path} must hold `key: value` lines; got a {type(values).__name__}.")
-    flags = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            raise UsageError(f"--config {path}: {key} must be a single value or a list; got a mapping.")
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            flags.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return flags
-
-
-def parse_arguments(
-    groups: Sequence[type], argv: Sequence[str], description: str, alone: tuple[str, Sequence[str]] = ("", ())
-) -> tuple:
-    """Read `argv` (and the YAML file named by its --config) into one instance of each dataclass in `groups`.
-
-    `alone` is a key and those that must not be given along with it.
-
-    Raises:
-        UsageError: unknown key, bad value, unreadable YAML. The dataclasses' own checks raise it too.
-    """
-    known = [f.name for group in groups for f in fields(group)]
-    parser = _Parser(list(groups), description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="A recipe: `key: value` lines; flags override them.")
-    argv = list(argv)
-    recipe, flags = None, []
-    while argv:
-        flag = argv.pop(0)
-        if flag == "--config" and argv:
-            recipe = argv.pop(0)
-        elif flag.startswith("--config="):
-            recipe = flag.removeprefix("--config=")
-        else:
-            flags.append(flag)
-    flags = (_yaml_as_flags(recipe) if recipe else []) + flags
-    given = []
-    for flag in flags:
-        if flag.startswith("--"):
-            key = flag[2:].split("=")[0].replace("-", "_")
-            given.append(key)
-            if key not in [*known, "help", "config"]:
-                close = difflib.get_close_matches(key, known, n=1)
-                raise UsageError(
-                    f"unknown key --{key}." + (f" Did you mean --{close[0]}?" if close else " See --help.")
-                )
-    if alone[0] in given and (others := [f"--{key}" for key in given if key in alone[1]]):
-        raise UsageError(f"--{alone[0]} says it all: leave out {', '.join(others)}.")
-    *parsed, _, rest = parser.parse_args_into_dataclasses(
-        flags, return_remaining_strings=True, look_for_args_file=False
-    )
-    if rest:
-        raise UsageError(f"unexpected argument {rest[0]}. Arguments are `--key value`; see --help.")
-    return (*parsed, recipe)
-
-
-def run_command(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command and exit with its code; a UsageError becomes one line from rank 0 and exit code 2."""
-    try:
-        code = main(sys.argv[1:])
-    except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)

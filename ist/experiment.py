@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from ist.config import quiet_known_warnings
+from ist.training.command_line import quiet_known_warnings
 
 quiet_known_warnings()
 
@@ -34,11 +34,9 @@ import yaml
 from accelerate import Accelerator
 from scipy import stats
 
-from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
-from ist.data import load_rows
-from ist.evaluate import task_name
-from ist.memory import SavedByLayer, counting
-from ist.model import make_peft_config, plan_layers
+from ist.benchmark.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns, train_ist
+from ist.config import ISTConfig, UsageError, require
+from ist.evaluate.command import task_name
 from ist.report import (
     IMPORTANCE,
     METRICS,
@@ -55,7 +53,10 @@ from ist.report import (
     require_publishing,
     require_writable,
 )
-from ist.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns, train_ist
+from ist.training.command_line import brief, parse_arguments, run_command
+from ist.training.data import load_rows
+from ist.training.memory import SavedByLayer, counting
+from ist.training.model import make_peft_config, plan_layers
 
 ROOT = Path(__file__).parent.parent
 BESIDE = 3  # arms that are timed beside the first one at once: all are in memory

@@ -31,8 +31,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ist.checkpoint import checkpoint_steps, write_json
-from ist.config import RULE_KEYS, LayerCounts, UsageError, brief, run_command
+from ist.config import RULE_KEYS, LayerCounts, UsageError
+from ist.training.checkpoint import checkpoint_steps, write_json
+from ist.training.command_line import brief, run_command
 
 METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
 

@@ -24,7 +24,7 @@ dtype=float32
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 
 say "2/5 Word problems"
-if [ ! -f "$run/data/held_out.json" ]; then .venv/bin/python -m ist.data --output_dir "$run/data"; fi
+if [ ! -f "$run/data/held_out.json" ]; then .venv/bin/python -m ist.training.word_problems --output_dir "$run/data"; fi
 
 evaluate() { # NAME [--adapter DIR]
   local name=$1

@@ -20,7 +20,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from ist import ISTCallback, ISTConfig
-from ist.data import collate
+from ist.training.data import collate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 IST = {"update_interval": 4, "score_lr": 1000, "trained_layers": 1, "probe_batch_size": 6}

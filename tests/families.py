@@ -19,7 +19,7 @@ from conftest import make_tiny, read_lines, reset_accelerate
 from methods import publish
 from safetensors.torch import load_file
 
-from ist.data import arithmetic_rows
+from ist.training.word_problems import arithmetic_rows
 
 N_LAYERS = 4
 _SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": N_LAYERS}

@@ -37,9 +37,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ist import report
-from ist.config import UsageError, brief
+from ist.config import UsageError
 from ist.layers import LayerMap
 from ist.suppression import evaluation_mode, suppress
+from ist.training.command_line import brief
 from ist.tuner import SparseTuner
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -437,7 +438,7 @@ def launch(topology: str, work: Path, names: list[str], timeout: int) -> dict[st
 
 def run_all(names: list[str], timeout: int = 3600) -> dict[str, dict[str, str]]:
     """{method: {cell: answer}}, from one launch for each topology."""
-    from ist.data import arithmetic_rows
+    from ist.training.word_problems import arithmetic_rows
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from conftest import reset_accelerate
 from test_memory import peak_of_a_run
 
-from ist import plan
+from ist.training import plan
 
 ARMS = {
     "all": {"selection": "all"},

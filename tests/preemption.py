@@ -26,11 +26,11 @@ from accelerate.utils import broadcast_object_list
 from conftest import make_tiny, read_lines, reset_accelerate
 from safetensors.torch import load_file
 
-import ist.checkpoint
 import ist.probe
+import ist.training.checkpoint
 import ist.tuner
 import train_ist
-from ist.data import arithmetic_rows
+from ist.training.word_problems import arithmetic_rows
 
 STEPS = 24
 PHASES = ("step", "probe", "evaluation", "save")
@@ -99,7 +99,7 @@ class Interruptions:
         for name in ("token_loss_sum", "row_loss_sums"):
             setattr(ist.probe, name, self.at(getattr(ist.probe, name)))
         for name in ("_gathered", "_split_optimizer", "save_file", "write_json", "publish"):
-            setattr(ist.checkpoint, name, self.at(getattr(ist.checkpoint, name), "save"))
+            setattr(ist.training.checkpoint, name, self.at(getattr(ist.training.checkpoint, name), "save"))
 
 
 def train(work: Path, run: Path) -> int:

@@ -17,12 +17,13 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from ist import analyze
-from ist.ablation import AblationLoss, Tokens, ablate_greedily
-from ist.analyze import agreement, agreement_table, compare_importance, greedy_order, main
-from ist.config import ISTConfig, UsageError, parse_arguments
-from ist.data import collate, make_prompt
+from ist.analyze import command as analyze
+from ist.analyze.ablation import AblationLoss, Tokens, ablate_greedily
+from ist.analyze.command import agreement, agreement_table, compare_importance, greedy_order, main
+from ist.config import ISTConfig, UsageError
 from ist.layers import ATTENTION, default_target_modules
+from ist.training.command_line import parse_arguments
+from ist.training.data import collate, make_prompt
 
 N_LAYERS, PLANTED = 4, 1
 FILES = ("ablations.jsonl", "analysis.json", "arguments.json", "layers.png", "lines.jsonl")

@@ -8,7 +8,8 @@ import numpy as np
 import pandas
 import pytest
 
-from ist import benchmark, speed
+from ist.benchmark import command as benchmark
+from ist.benchmark import speed
 from ist.config import UsageError
 from ist.tuner import SparseTuner
 

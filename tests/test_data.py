@@ -9,10 +9,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from ist.config import UsageError
-from ist.data import (
+from ist.loss import token_loss_sum
+from ist.training.data import (
     IGNORE,
     GlobalBatches,
-    arithmetic_rows,
     collate,
     encode,
     encode_rows,
@@ -22,7 +22,7 @@ from ist.data import (
     pack,
     probe_rows,
 )
-from ist.loss import token_loss_sum
+from ist.training.word_problems import arithmetic_rows
 
 ROW = {"instruction": "Add 2 and 3.", "input": "", "output": "2 + 3 = 5.", "answer": "5"}
 

@@ -17,9 +17,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist.config import UsageError
-from ist.data import arithmetic_rows, make_prompt
-from ist.evaluate import LABELS, answers_of, choices, extract_label, extract_letter, extract_number, main, wilson
-from ist.evaluate import task_name as name_of
+from ist.evaluate.command import (
+    LABELS,
+    answers_of,
+    choices,
+    extract_label,
+    extract_letter,
+    extract_number,
+    main,
+    wilson,
+)
+from ist.evaluate.command import task_name as name_of
+from ist.training.data import make_prompt
+from ist.training.word_problems import arithmetic_rows
 
 BOOLS, SOLUTIONS, ANSWERS, ENDINGS, OPTIONS = LABELS
 OUTPUTS = [  # (labels, or letter or number; output; what LLM-Adapters' scripts read from it)

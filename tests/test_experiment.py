@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
-from ist import evaluate, experiment
+from ist import experiment
 from ist.config import UsageError
-from ist.data import arithmetic_rows, collate
+from ist.evaluate import command as evaluate
+from ist.training.data import collate
+from ist.training.word_problems import arithmetic_rows
 
 FILE = {
     "recipe": {

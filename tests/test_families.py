@@ -19,9 +19,10 @@ from transformers import (
 
 import train_ist
 from ist import ISTConfig
-from ist.config import UsageError, parse_arguments
+from ist.config import UsageError
 from ist.layers import LayerMap, default_target_modules, outside_decoder
-from ist.model import free_base_weights, make_peft_config, plan_layers
+from ist.training.command_line import parse_arguments
+from ist.training.model import free_base_weights, make_peft_config, plan_layers
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

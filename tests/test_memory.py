@@ -18,12 +18,21 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, GPT2Config, LlamaForCausalLM
 
 import train_ist
-from ist import benchmark, memory, plan
+from ist.benchmark import command as benchmark
 from ist.config import ISTConfig, UsageError
 from ist.distributed import local_tensor
 from ist.loss import token_loss_sum
-from ist.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise, weight_tensors
-from ist.model import load_model, load_skeleton, make_peft_config
+from ist.training import memory, plan
+from ist.training.memory import (
+    SavedByLayer,
+    StepCounter,
+    counting,
+    layers_that_train,
+    make_batch,
+    materialise,
+    weight_tensors,
+)
+from ist.training.model import load_model, load_skeleton, make_peft_config
 from ist.tuner import SparseTuner
 
 GPT2 = GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=400, n_positions=128, bos_token_id=1, eos_token_id=2)

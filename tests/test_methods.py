@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ist.adapters.adalora import AdaLoraAllocation
-from ist.data import GlobalBatches, micro_batches
+from ist.training.data import GlobalBatches, micro_batches
 
 SAMPLE = ["LoRA", "DoRA", "AdaLoRA", "OFT", "Series", "Parallel"]
 ON_TWO_RANKS = ["AdaLoRA", "Series"]

@@ -10,10 +10,10 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from ist import probe
 from ist.adapters import SeriesConfig
 from ist.config import ISTConfig
-from ist.data import micro_batches
 from ist.layers import LayerMap
 from ist.loss import token_loss_sum
 from ist.suppression import RowsMixed, evaluation_mode, suppress
+from ist.training.data import micro_batches
 
 CANDIDATES = [[0, 2], [1, 2, 4], [3, 4]]
 CONFIGS = {

@@ -505,7 +505,7 @@ def test_nothing_below_the_boundary_is_kept_for_the_backward(adapted, checkpoint
 
 
 def test_all_layers_without_adapters_is_plain_full_fine_tuning(train, tiny, rows, tmp_path):
-    from ist.data import GlobalBatches, encode
+    from ist.training.data import GlobalBatches, encode
 
     assert train(selection="all", peft_method="none") == 0
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -22,10 +22,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train_ist
-from ist.config import UsageError, parse_arguments
-from ist.data import GlobalBatches, encode
-from ist.model import plan_layers
+from ist.config import UsageError
 from ist.sampler import seeded_generator
+from ist.training.command_line import parse_arguments
+from ist.training.data import GlobalBatches, encode
+from ist.training.model import plan_layers
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -251,7 +252,7 @@ def test_micro_batches_and_accumulation_are_the_same_step(train, tmp_path):
 def test_gradients_of_micro_batches_add_up(tiny, rows):
     """The same on the gradient itself, rows of unequal length: the loss is a mean over the tokens of the batch."""
     import train_ist
-    from ist.data import collate
+    from ist.training.data import collate
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     encoded = [encode(row, "alpaca", tokenizer, 256, True) for row in rows[:4]]
@@ -307,7 +308,7 @@ def test_nan_stops_the_run_and_names_the_last_good_checkpoint(train, tmp_path, c
 KILLED_WHILE_SAVING = """
 import os, sys
 sys.path.insert(0, {root!r})
-import ist.checkpoint as checkpoint
+import ist.training.checkpoint as checkpoint
 import train_ist
 real, calls = getattr({module}, {function!r}), []
 def deadly(*args, **kwargs):

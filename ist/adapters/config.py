@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peft import PeftConfig, PeftType
-from transformers.activations import ACT2FN
 
 
 @dataclass
@@ -33,6 +32,8 @@ class BottleneckConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole, and save."})
 
     def __post_init__(self) -> None:
+        from transformers.activations import ACT2FN  # here: the method itself stands on torch and PEFT alone
+
         super().__post_init__()
         self.peft_type = PeftType(self.method)
         for key in ("target_modules", "exclude_modules"):

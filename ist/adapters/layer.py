@@ -5,8 +5,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
 from ist.adapters.config import BottleneckConfig
 
@@ -25,6 +23,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("dropout", "non_linearity", "scaling")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
+        from transformers.pytorch_utils import Conv1D
+
         super().__init__()
         self.base_layer = base_layer
         base = self.get_base_layer()
@@ -50,6 +50,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add an adapter."""
+        from transformers.activations import ACT2FN
+
         down = nn.Linear(self.hidden_features, config.bottleneck_size, bias=False)
         up = nn.Linear(config.bottleneck_size, self.out_features, bias=False)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))

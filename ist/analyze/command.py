@@ -19,7 +19,7 @@ from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
 
-from ist.config import quiet_known_warnings
+from ist.training.command_line import quiet_known_warnings
 
 quiet_known_warnings()
 
@@ -32,10 +32,9 @@ from matplotlib.ticker import MaxNLocator
 from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ist.ablation import DIRECTIONS, AblationLoss, Ablations, Tokens, ablate_greedily, mean_loss
-from ist.config import ISTConfig, UsageError, brief, parse_arguments, require, run_command
-from ist.data import Data, collate, encode_rows, load_rows, predicted_tokens
-from ist.evaluate import (
+from ist.analyze.ablation import DIRECTIONS, AblationLoss, Ablations, Tokens, ablate_greedily, mean_loss
+from ist.config import ISTConfig, UsageError, require
+from ist.evaluate.command import (
     ScorerArguments,
     adapter_digest,
     claim_folder,
@@ -45,7 +44,6 @@ from ist.evaluate import (
     require_base,
     start,
 )
-from ist.model import NO_LAYER_RESPONSE, require_fitting
 from ist.report import (
     IMPORTANCE,
     environment,
@@ -57,6 +55,9 @@ from ist.report import (
     require_publishing,
     spearman,
 )
+from ist.training.command_line import brief, parse_arguments
+from ist.training.data import Data, collate, encode_rows, load_rows, predicted_tokens
+from ist.training.model import NO_LAYER_RESPONSE, require_fitting
 
 BASE, ADAPTER = "base model", "adapter"
 
@@ -470,7 +471,3 @@ def main(argv: Sequence[str]) -> int:
     state.wait_for_everyone()
     state.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -34,9 +34,9 @@ from transformers import PretrainedConfig, masking_utils
 from ist.config import ISTConfig
 from ist.layers import LayerMap
 from ist.loss import token_loss_sum
-from ist.model import load_skeleton, make_optimizer
 from ist.selection import SemanticFreezing, make_rule
 from ist.selection.rule import SelectionRule
+from ist.training.model import load_skeleton, make_optimizer
 
 PARTS = ("weights", "optimizer", "gradients", "saved", "temporary")
 

@@ -1,6 +1,6 @@
 """`train_ist.py --plan true`: the peak memory of each device of a run, predicted by part before any weight is loaded.
 
-One step is counted without weights (ist/memory.py), that of the draw of layers that needs most, then cut for the
+One step is counted without weights (memory.py), that of the draw of layers that needs most, then cut for the
 topology.
 """
 
@@ -18,9 +18,11 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ist.config import ISTConfig, UsageError, brief
-from ist.data import Data
-from ist.memory import (
+from ist.config import ISTConfig, UsageError
+from ist.report import markdown_table
+from ist.training.command_line import brief
+from ist.training.data import Data
+from ist.training.memory import (
     PARTS,
     SavedByLayer,
     StepCounter,
@@ -30,8 +32,7 @@ from ist.memory import (
     storage_bytes,
     weight_tensors,
 )
-from ist.model import require_served
-from ist.report import markdown_table
+from ist.training.model import require_served
 
 
 @dataclass

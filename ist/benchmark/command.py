@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ist.config import quiet_known_warnings
+from ist.training.command_line import quiet_known_warnings
 
 quiet_known_warnings()
 
@@ -35,12 +35,12 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-from ist import speed as timing
-from ist.config import ISTConfig, UsageError, require, run_command
-from ist.data import arithmetic_rows
-from ist.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
-from ist.model import load_skeleton, make_peft_config
+from ist.benchmark import speed as timing
+from ist.config import ISTConfig, UsageError, require
 from ist.report import markdown_table, publish
+from ist.training.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
+from ist.training.model import load_skeleton, make_peft_config
+from ist.training.word_problems import arithmetic_rows
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, **options: Any) -> LlamaConfig:
@@ -393,7 +393,3 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--readme needs --output, whose name is that of the markers")
     options.run(options, "python -m ist.benchmark " + shlex.join(argv))
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

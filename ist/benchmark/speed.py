@@ -34,12 +34,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from ist.config import CHEAP, parse_arguments
-from ist.data import GlobalBatches, collate, micro_batches, prepare_data
+from ist.config import CHEAP
 from ist.distributed import CollectiveCounter
-from ist.model import load_model, make_peft_config, plan_layers
 from ist.report import RunRecord, read_lines, spearman
 from ist.selection import StepwiseUnmasking
+from ist.training.command_line import parse_arguments
+from ist.training.data import GlobalBatches, collate, micro_batches, prepare_data
+from ist.training.model import load_model, make_peft_config, plan_layers
 from ist.tuner import SparseTuner
 
 WINDOW = 10  # steps: one importance update at the default interval
@@ -60,7 +61,7 @@ ARMS: dict[str, dict] = {
 
 def train_ist():
     """train_ist.py, which stands beside the package and not in it."""
-    path = Path(__file__).parent.parent / "train_ist.py"
+    path = Path(__file__).parent.parent.parent / "train_ist.py"
     spec = importlib.util.spec_from_file_location("train_ist", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -163,7 +164,7 @@ class ArmProcess:
         command = [sys.executable, "-m", "ist.benchmark", "arm", "--name", arm, "--flags", json.dumps(asked)]
         command += ["--stride", str(stride), *["--parts"] * parts]
         self.arm = arm
-        path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(Path(__file__).parent.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(
             command, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}, text=True, **pipes
@@ -561,7 +562,7 @@ def communicate(flags: dict) -> None:
 
 def measure_communication(flags: dict, topology: str, ranks: int) -> tuple[list[dict], float]:
     """(what travels at each step of train_ist.py on `ranks` processes, seconds per step), from a launch of its own."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(root / f"accelerate_configs/{topology}.yaml"), "--num_processes", str(ranks)]
     environment = {"TOKENIZERS_PARALLELISM": "false"}

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ist.config import quiet_known_warnings
+from ist.training.command_line import quiet_known_warnings
 
 quiet_known_warnings()
 
@@ -34,11 +34,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ist.adapters  # noqa: F401  its methods become known to PEFT
-from ist.checkpoint import write_json
-from ist.config import UsageError, brief, parse_arguments, require, run_command
-from ist.data import load_rows, make_prompt
+from ist.config import UsageError, require
 from ist.distributed import reduce_sum
 from ist.report import read_lines, require_writable
+from ist.training.checkpoint import write_json
+from ist.training.command_line import brief, parse_arguments
+from ist.training.data import load_rows, make_prompt
 
 # ------------------------------------------------------------------------------------------------------------- answers
 
@@ -529,7 +530,3 @@ def main(argv: Sequence[str]) -> int:
     state.wait_for_everyone()
     state.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -33,8 +33,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from ist.adapters import ParallelConfig, SeriesConfig
-from ist.config import SUPPRESSING, UsageError, brief
-from ist.data import Data
+from ist.config import SUPPRESSING, UsageError
 from ist.layers import (
     ATTENTION,
     LayerMap,
@@ -45,6 +44,8 @@ from ist.layers import (
 )
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
+from ist.training.command_line import brief
+from ist.training.data import Data
 
 NO_LAYER_RESPONSE = {
     PeftType.ADAPTION_PROMPT: "it adds prompts inside attention",

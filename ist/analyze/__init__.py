@@ -1,0 +1,1 @@
+"""Which layers of a trained adapter matter: `python -m ist.analyze`."""

@@ -1,0 +1,1 @@
+"""Memory, speed and communication against plain PEFT: `python -m ist.benchmark`."""

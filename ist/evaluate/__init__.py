@@ -1,0 +1,1 @@
+"""Accuracy and perplexity of a model or an adapter: `python -m ist.evaluate`."""
