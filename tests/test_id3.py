@@ -416,7 +416,7 @@ def test_one_process_ddp_and_fsdp2_unmask_the_same(work, topologies, name):
         assert there["unmasked_by_layer"] == pytest.approx(summary["unmasked_by_layer"], rel=1e-3)
         for line, other in zip(read_lines(run / "metrics.jsonl"), read_lines(one / "metrics.jsonl"), strict=True):
             if "loss" in line:
-                assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+                assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     if name == "id3, ties":  # all of B, whose gradients are not zero; then A's from the front, at equal scores of 0
         a = [(n, parameter) for n, parameter in expected.items() if "lora_A" in n]
         assert all(sorted(parameter) == list(range(len(parameter))) for _, parameter in a)
