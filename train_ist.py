@@ -47,7 +47,15 @@ from ist.distributed import (
 )
 from ist.layers import adapter_state
 from ist.loss import token_loss_sum
-from ist.report import (
+from ist.sampler import seeded_generator
+from ist.selection import StepwiseUnmasking, make_rule
+from ist.suppression import evaluation_mode
+from ist.training import checkpoint as ckpt
+from ist.training.command_line import brief, parse_arguments, run_command
+from ist.training.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
+from ist.training.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
+from ist.training.plan import plan_run
+from ist.training.record import (
     METRICS,
     RunRecord,
     differing_keys,
@@ -58,14 +66,6 @@ from ist.report import (
     require_tracker,
     require_writable,
 )
-from ist.sampler import seeded_generator
-from ist.selection import StepwiseUnmasking, make_rule
-from ist.suppression import evaluation_mode
-from ist.training import checkpoint as ckpt
-from ist.training.command_line import brief, parse_arguments, run_command
-from ist.training.data import IGNORE, Data, GlobalBatches, micro_batches, predicted_tokens, prepare_data, probe_rows
-from ist.training.model import as_json, load_model, make_optimizer, make_peft_config, plan_layers, require_fitting
-from ist.training.plan import plan_run
 from ist.training.resting_state import RestingState
 from ist.tuner import SparseTuner
 

@@ -24,8 +24,9 @@ from transformers.trainer_callback import ExportableState
 from ist.config import ISTConfig
 from ist.layers import drop_input_grad_hooks
 from ist.loss import token_loss_sum
-from ist.report import IMPORTANCE, PICTURE, importance_values, keep_lines, plot_importance, read_lines
 from ist.training.data import IGNORE, probe_rows
+from ist.training.figures import plot_importance
+from ist.training.record import IMPORTANCE, PICTURE, importance_values, keep_lines, read_lines
 from ist.tuner import SparseTuner
 
 

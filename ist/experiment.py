@@ -37,26 +37,14 @@ from scipy import stats
 from ist.benchmark.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns, train_ist
 from ist.config import ISTConfig, UsageError, require
 from ist.evaluate.command import task_name
-from ist.report import (
-    IMPORTANCE,
-    METRICS,
-    differing_keys,
-    joined,
-    keep_lines,
-    listed,
-    markdown_table,
-    plot_arms,
-    plot_importance_panels,
-    publish,
-    read_lines,
-    read_run,
-    require_publishing,
-    require_writable,
-)
-from ist.training.command_line import brief, parse_arguments, run_command
+from ist.report.figures import plot_arms
+from ist.report.tables import joined, listed, publish, require_publishing
+from ist.training.command_line import brief, markdown_table, parse_arguments, run_command
 from ist.training.data import load_rows
+from ist.training.figures import plot_importance_panels
 from ist.training.memory import SavedByLayer, counting
 from ist.training.model import make_peft_config, plan_layers
+from ist.training.record import IMPORTANCE, METRICS, differing_keys, keep_lines, read_lines, read_run, require_writable
 
 ROOT = Path(__file__).parent.parent
 BESIDE = 3  # arms that are timed beside the first one at once: all are in memory

@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from conftest import read_lines, reset_accelerate
 
-from ist.report import publish
+from ist.report.tables import publish
 from ist.selection import StepwiseUnmasking
 
 ARMS = {

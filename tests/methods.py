@@ -36,9 +36,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ist import report
 from ist.config import UsageError
 from ist.layers import LayerMap
+from ist.report import tables as report
 from ist.suppression import evaluation_mode, suppress
 from ist.training.command_line import brief
 from ist.tuner import SparseTuner

@@ -15,9 +15,10 @@ from cluster import until
 from conftest import ROOT, of_type, offline_records, read_lines
 from matplotlib.image import imread
 
-from ist import report
 from ist.config import UsageError
-from ist.report import compare, draw_importance, main, read_results
+from ist.report.compare import compare, main, read_results
+from ist.training import figures as report
+from ist.training.record import draw_importance
 
 
 def test_offline_wandb_holds_every_number(arguments, tmp_path, monkeypatch):

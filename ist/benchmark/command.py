@@ -37,7 +37,8 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from ist.benchmark import speed as timing
 from ist.config import ISTConfig, UsageError, require
-from ist.report import markdown_table, publish
+from ist.report.tables import publish
+from ist.training.command_line import markdown_table
 from ist.training.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
 from ist.training.model import load_skeleton, make_peft_config
 from ist.training.word_problems import arithmetic_rows

@@ -36,11 +36,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from ist.config import CHEAP
 from ist.distributed import CollectiveCounter
-from ist.report import RunRecord, read_lines, spearman
+from ist.report.statistics import spearman
 from ist.selection import StepwiseUnmasking
 from ist.training.command_line import parse_arguments
 from ist.training.data import GlobalBatches, collate, micro_batches, prepare_data
 from ist.training.model import load_model, make_peft_config, plan_layers
+from ist.training.record import RunRecord, read_lines
 from ist.tuner import SparseTuner
 
 WINDOW = 10  # steps: one importance update at the default interval

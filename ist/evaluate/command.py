@@ -36,10 +36,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.config import UsageError, require
 from ist.distributed import reduce_sum
-from ist.report import read_lines, require_writable
 from ist.training.checkpoint import write_json
 from ist.training.command_line import brief, parse_arguments
 from ist.training.data import load_rows, make_prompt
+from ist.training.record import read_lines, require_writable
 
 # ------------------------------------------------------------------------------------------------------------- answers
 

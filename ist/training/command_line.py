@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 
 import yaml
@@ -112,3 +112,8 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
             print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ist.config import ISTConfig, UsageError
-from ist.report import markdown_table
-from ist.training.command_line import brief
+from ist.training.command_line import brief, markdown_table
 from ist.training.data import Data
 from ist.training.memory import (
     PARTS,

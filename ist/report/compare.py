@@ -1,0 +1,166 @@
+"""Evaluations compared: accuracy per task and arm over seeds, differences in pairs; and the command itself."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ist.config import RULE_KEYS, UsageError
+from ist.report.statistics import interval
+from ist.training.checkpoint import write_json
+from ist.training.command_line import brief, markdown_table
+from ist.training.figures import plot_importance_panels
+from ist.training.record import (
+    IMPORTANCE,
+    draw_importance,
+    read_lines,
+    require_writable,
+)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """A result folder of `python -m ist.evaluate`: {file, model, arm, seed, right: {task: [0 or 1 for each row]}}.
+
+    The arm is told from the run.json beside the adapter: the method, and the selection unless it is all layers.
+
+    Raises:
+        UsageError: no finished evaluation.
+    """
+    file = folder / "summary.json"
+    try:
+        summary = json.loads(file.read_text())
+        lines = {task: read_lines(folder / f"{task}.jsonl") for task in summary["tasks"]}
+        right = {task: [int(line["right"]) for line in rows] for task, rows in lines.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{folder} holds no finished evaluation: {brief(error)}.") from error
+    training = summary["training"]
+    settings = training["configuration"] if training else {}
+    model = settings.get("model_name_or_path", summary["arguments"]["model_name_or_path"])  # of a model/: its base
+    if not training:
+        arm, seed = summary["arguments"]["adapter"] or "base", None
+    else:
+        arm = (settings.get("adapter") or {"peft_type": settings["peft_method"]})["peft_type"].upper()
+        arm = "FULL" if arm == "NONE" else arm
+        seed = settings["seed"]
+        if settings["selection"] != "all":
+            arm += f" + {settings['selection']}"
+            arm += "" if settings["trained_layers"] == 0.25 else f" ({settings['trained_layers']} layers)"
+            keys = [key for key, (_, default) in RULE_KEYS.items() if settings.get(key) not in (None, default)]
+            arm += "".join(f" {key} {settings[key]}" for key in keys)
+    return {"file": str(file), "model": Path(model).name, "arm": arm, "seed": seed, "right": right}
+
+
+def compare(folders: Sequence[Path]) -> dict[str, Any]:
+    """Accuracy per task and arm over seeds, and differences of a method's arms in pairs, from result folders.
+
+    Raises:
+        UsageError: a folder holds no finished evaluation, the folders have no task in common, or other rows of one.
+    """
+    results = [read_results(folder) for folder in folders]
+    tasks = [task for task in results[0]["right"] if all(task in result["right"] for result in results)]
+    if not tasks:
+        raise UsageError("the result folders have no task in common, so there is nothing to compare.")
+    for task in tasks:
+        if len({len(result["right"][task]) for result in results}) > 1:
+            raise UsageError(f"the result folders have different numbers of rows of {task}: evaluate the same ones.")
+    arms: dict[tuple[str, str], list[dict]] = {}
+    for result in results:
+        arms.setdefault((result["model"], result["arm"]), []).append(result)
+
+    accuracy, differences = [], []
+    for (model, arm), members in arms.items():
+        values = np.array([[np.mean(result["right"][task]) for task in tasks] for result in members])
+        values = np.column_stack([values, values.mean(axis=1)])
+        spread = values.std(axis=0, ddof=1).tolist() if len(members) > 1 else [None] * values.shape[1]
+        cells = zip([*tasks, "average"], values.mean(axis=0).tolist(), spread, strict=True)
+        accuracy.append(
+            {
+                **{"model": model, "arm": arm, "seeds": [result["seed"] for result in members]},
+                "accuracy": {task: {"mean": mean, "std": std} for task, mean, std in cells},
+                "files": [result["file"] for result in members],
+            }
+        )
+        method, _, selection = arm.partition(" + ")
+        for other in (method, f"{method} + random") if selection and selection != "random" else ():
+            by_seed = {result["seed"]: result for result in arms.get((model, other), [])}
+            pairs = [(result, by_seed[result["seed"]]) for result in members if result["seed"] in by_seed]
+            if pairs:
+                points = [np.mean([np.mean(a["right"][t]) - np.mean(b["right"][t]) for a, b in pairs]) for t in tasks]
+                points = [*map(float, points), float(np.mean(points))]
+                differences.append(
+                    {
+                        **{"model": model, "arms": f"{arm} − {other}", "seeds": [one["seed"] for one, _ in pairs]},
+                        "difference": dict(zip([*tasks, "average"], points, strict=True)),
+                        "interval": interval(pairs, tasks),
+                        "files": [result["file"] for pair in pairs for result in pair],
+                    }
+                )
+    return {"tasks": tasks, "accuracy": accuracy, "differences": differences}
+
+
+def comparison_table(comparison: dict) -> str:
+    """Markdown: accuracy in percent with its spread over seeds, differences in points with their 95 % intervals."""
+
+    def percent(cell: dict) -> str:
+        return f"{100 * cell['mean']:.1f}" + ("" if cell["std"] is None else f" ± {100 * cell['std']:.1f}")
+
+    columns = [*comparison["tasks"], "average"]
+    rows = []
+    for row in comparison["accuracy"]:
+        cells = [percent(row["accuracy"][column]) for column in columns]
+        rows.append([row["model"], row["arm"], str(len(row["files"])), *cells, ", ".join(row["files"])])
+    lines = markdown_table(["model", "arm", "seeds", *columns, "from"], rows)
+    rows = []
+    for row in comparison["differences"]:
+        cells = [f"{100 * row['difference'][column]:+.1f}" for column in columns]
+        interval = " … ".join(f"{100 * end:+.1f}" for end in row["interval"])
+        rows.append([row["model"], row["arms"], str(len(row["seeds"])), *cells, interval, ", ".join(row["files"])])
+    if rows:
+        lines += [
+            "",
+            *markdown_table(["model", "points", "seeds", *columns, "95 % interval of the average", "from"], rows),
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ist.report",
+        description="Draws RUN_DIR/importance.png from a run's files; or compares results of python -m ist.evaluate: "
+        "accuracy per task and arm over seeds, and in pairs the differences to all layers and to random ones.",
+    )
+    parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--importance", nargs="+", metavar="NAME=RUN_DIR", help="runs of several tasks, drawn side by side (Figure 4)"
+    )
+    parser.add_argument("--results", nargs="+", type=Path, metavar="DIR", help="result folders to compare")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="where comparison.md and comparison.json go")
+    args = parser.parse_args(argv)
+    if sum(given is not None for given in (args.run_dir, args.results, args.importance)) != 1:
+        parser.error("give RUN_DIR, or --results DIR [DIR ...], or --importance NAME=RUN_DIR [NAME=RUN_DIR ...]")
+    if args.importance:
+        if not args.output_dir:
+            parser.error("--importance needs --output_dir")
+        runs = {}
+        for item in args.importance:
+            name, _, folder = ("", "", item) if Path(item).is_dir() else item.partition("=")
+            runs[name or Path(folder).name] = updates = read_lines(Path(folder) / IMPORTANCE)
+            if not updates:
+                raise UsageError(f"--importance {item}: {folder} has no importance updates to draw.")
+        require_writable(args.output_dir)
+        plot_importance_panels(args.output_dir / "importance-panels.png", runs)
+        print(args.output_dir / "importance-panels.png")
+        return 0
+    if args.run_dir:
+        print(draw_importance(args.run_dir))
+        return 0
+    comparison = compare(args.results)
+    print(comparison_table(comparison))
+    if args.output_dir:
+        require_writable(args.output_dir)
+        write_json(args.output_dir / "comparison.json", comparison)
+        (args.output_dir / "comparison.md").write_text(comparison_table(comparison) + "\n")
+    return 0

@@ -1,0 +1,49 @@
+"""Arms of an experiment beside each other (paper, Figure 1)."""
+
+from itertools import cycle, islice
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def plot_arms(path: Path, arms: dict[str, dict]) -> None:
+    """Validation loss of each arm over steps and over time, and its memory by part (paper, Figure 1).
+
+    Args:
+        arms: {name: {runs: [{validation: [[step, loss]]}], step_seconds, bytes: {part: bytes}}}; lines are means over
+            runs, bands their range.
+    """
+    figure = Figure(figsize=(15, max(4.6, 1.5 + 0.3 * len(arms))), layout="constrained")
+    by_step, by_time, memory = figure.subplots(1, 3, width_ratios=[3, 3, 2.2])
+    colours = list(islice(cycle(matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors), len(arms)))
+    for colour, (name, arm) in zip(colours, arms.items(), strict=True):
+        steps = np.array([step for step, _ in arm["runs"][0]["validation"]])
+        losses = np.array([[loss for _, loss in run["validation"]] for run in arm["runs"]])
+        for axis, at in ((by_step, steps), (by_time, steps * arm["step_seconds"])):
+            axis.plot(at, losses.mean(axis=0), marker=".", color=colour, lw=1.4, label=name)
+            axis.fill_between(at, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, lw=0)
+    by_step.set(xlabel="optimizer step", ylabel="validation loss", title="Validation loss, mean and range over seeds")
+    by_time.set(xlabel="seconds of training steps, probes included", title="The same over time")
+    curves = [[loss for _, loss in run["validation"]] for arm in arms.values() for run in arm["runs"]]
+    lowest, second = min(map(min, curves)), max(curve[min(1, len(curve) - 1)] for curve in curves)
+    margin = 0.05 * (second - lowest) or 0.01
+    for axis in (by_step, by_time):
+        axis.set_ylim(lowest - margin, second + margin)  # the model as it is is off the top
+    if len(arms) <= 8:
+        by_step.legend(fontsize="small")
+    else:  # would hide the curves
+        figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
+    names = list(arms)[::-1]
+    ends = np.zeros(len(names))
+    shades = {"weights": "0.75", "optimizer": "tab:blue", "gradients": "tab:orange", "saved": "tab:red"}
+    for part, shade in shades.items():
+        sizes = np.array([arms[name]["bytes"][part] / 1e6 for name in names])
+        label = {"saved": "saved for the backward"}.get(part, part)
+        memory.barh(names, sizes, left=ends, color=shade, label=label)
+        ends += sizes
+    memory.set(xlabel="MB; saved for the backward: mean over steps", title="Memory by part, counted")
+    memory.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.35, 1.06), ncols=4)
+    memory.margins(x=0.15)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,61 @@
+"""Results as JSON that says where they come from, and their tables in a README."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+
+from ist.config import UsageError
+from ist.training.checkpoint import write_json
+from ist.training.record import environment
+
+
+def listed(values: Iterable) -> str:
+    """Each value once; of values that are such lists themselves, each of theirs."""
+    return ", ".join(sorted({one for value in values for one in str(value).split(", ")}))
+
+
+def joined(heads: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """{date, commit, versions, hardware} of results that were made apart, each listing what differs."""
+    facts: dict[str, Any] = {key: listed(head[key] or "none" for head in heads) for key in ("date", "commit")}
+    for name in ("versions", "hardware"):
+        facts[name] = {key: listed(head[name][key] for head in heads) for key in heads[0][name]}
+    return facts
+
+
+def require_publishing(publish: str | None, readme: str | None) -> None:
+    """Raises UsageError where `publish` below would have no place for the table, before anything is run."""
+    if readme and not publish:
+        raise UsageError("--readme needs --publish, whose name is that of the markers.")
+    if readme and not Path(readme).is_file():
+        raise UsageError(f"--readme {readme}: no such file.")
+    if readme and f"<!-- {Path(publish).stem} -->" not in Path(readme).read_text():
+        raise UsageError(f"--readme {readme} has no place <!-- {Path(publish).stem} --> for the tables.")
+
+
+def publish(
+    file: Path,
+    command: str,
+    accelerator: Accelerator | PartialState,
+    table: str,
+    readme: Path | None = None,
+    **result: Any,
+) -> dict[str, Any]:
+    """Write a result as JSON, with command, date, versions, commit and hardware, and its table into a README.
+
+    There the table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the file, whose content is
+    returned.
+    """
+    facts = environment(accelerator)
+    head = {"command": command, "date": datetime.now(UTC).date().isoformat()}
+    head |= {key: facts[key] for key in ("versions", "commit", "hardware")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = head | result
+    write_json(file, whole)
+    if readme:
+        before, rest = readme.read_text().split(f"<!-- {file.stem} -->\n")
+        after = rest.split(f"<!-- /{file.stem} -->\n")[1]
+        readme.write_text(f"{before}<!-- {file.stem} -->\n{table}\n<!-- /{file.stem} -->\n{after}")
+    return whole

@@ -1,0 +1,362 @@
+"""What a run leaves to read: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same for trackers."""
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+
+from ist.config import LayerCounts, UsageError
+from ist.training.checkpoint import checkpoint_steps, write_json
+from ist.training.command_line import brief
+from ist.training.figures import heat_map, plot_importance
+
+METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; none when it is not there. A last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def read_run(output_dir: Path) -> dict | None:
+    """run.json of a run, or None where there is none."""
+    path = output_dir / RUN
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}); repair or remove it.") from error
+
+
+def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
+    """What run.json says of where a run ran: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(git, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu"
+    libraries = (torch, accelerate, transformers, peft)
+    return {
+        "versions": {"python": platform.python_version(), **{lib.__name__: lib.__version__ for lib in libraries}},
+        "commit": commit,
+        "hardware": {"device": device, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "world_size": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of this process so far: allocated on the GPU, or resident in memory where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def require_tracker(report_to: str) -> None:
+    """Stop now, not after the model is loaded, when the tracker cannot start."""
+    if report_to == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise UsageError("--report_to tensorboard needs a package: pip install tensorboard.") from None
+    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        try:
+            reason = "" if wandb.login(prompt=False) else "finds no W&B login"
+        except Exception as error:  # a wrong key, a service out of reach
+            reason = f"cannot start ({brief(error)})"
+        if reason:
+            raise UsageError(
+                f"--report_to wandb (the default) {reason}: run `wandb login`, or set WANDB_MODE=offline, "
+                "or pass --report_to none."
+            )
+
+
+# What a resumed run may change: where and how it reports, saves and cuts its batches, not what it computes.
+FREE_KEYS = {
+    *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
+    *("report_to", "run_name", "log_adapter", "peft_config"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+}
+
+
+def _flat(configuration: dict) -> dict:
+    """{"adapter": {"r": 4}} as {"adapter.r": 4}."""
+    nested = {key: value for key, value in configuration.items() if isinstance(value, dict)}
+    flat = {f"{key}.{inner}": value for key, values in nested.items() for inner, value in values.items()}
+    return flat | {key: value for key, value in configuration.items() if key not in nested}
+
+
+def differing_keys(there: dict, here: dict) -> str:
+    """What stands in the way of going on with a run of configuration `there`; empty when nothing does."""
+    if ("adapter" in there) != ("adapter" in here):
+        return f"peft_config ({'given' if 'adapter' in there else 'none'} there, the other way here)"
+    there, here = _flat(there), _flat(here)
+    keys = sorted((there.keys() & here.keys()) - FREE_KEYS)
+    return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key])
+
+
+def require_writable(output_dir: Path) -> None:
+    """Make the run folder if it is not there; stop now when nothing can be written to it.
+
+    Raises:
+        UsageError: it is a file, or cannot be made or written.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink(missing_ok=True)  # other ranks do the same
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
+
+
+def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool:
+    """Whether the run in `output_dir` is this one and finished.
+
+    Raises:
+        UsageError: it is another one, or it can go on but was not asked to.
+    """
+    run = read_run(output_dir)
+    results = [output_dir / name for name in ("adapter", "model")]
+    holds_results = read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or any(p.exists() for p in results)
+    if not holds_results:
+        return False
+    if run is None:
+        raise UsageError(
+            f"--output_dir {output_dir} holds results but no {RUN} that says of what. Choose another folder."
+        )
+    if differing := differing_keys(run["configuration"], configuration):
+        raise UsageError(f"--output_dir {output_dir} holds another run's results: {differing}. Choose another folder.")
+    if run["status"] != "finished" and not resume:
+        raise UsageError(
+            f"--output_dir {output_dir} holds a run that is {run['status']}, not finished: go on with it by "
+            "--resume_from_checkpoint auto, or choose another folder."
+        )
+    return run["status"] == "finished"
+
+
+def keep_lines(path: Path, keep: Callable[[dict], bool]) -> None:
+    """Leave only the lines of a .jsonl file that are to be kept; a file that is not there becomes an empty one."""
+    lines = [line for line in read_lines(path) if keep(line)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(path)
+
+
+def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, float]:
+    """An importance update as trackers get it."""
+    values: dict[str, float] = {"probe/seconds": update["probe_seconds"]}
+    for j, (loss, reward) in enumerate(zip(update["losses"], update["rewards"], strict=True)):
+        values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
+    values |= {f"importance/score/layer_{i:02d}": score for i, score in enumerate(update["scores"])}
+    return values | {f"importance/trained_steps/layer_{i:02d}": count for i, count in enumerate(trained_counts)}
+
+
+def tracked_values(line: dict) -> dict[str, float]:
+    """A line of metrics.jsonl or importance.jsonl as trackers get it."""
+    if "scores" in line:
+        return importance_values(line, ())
+    if "validation_loss" in line:
+        return {"eval/loss": line["validation_loss"]}
+    return {f"train/{key}": value for key, value in line.items() if not isinstance(value, list)}
+
+
+class RunRecord:
+    """The files of one run and its trackers. Every rank makes one and calls it alike; the main process writes.
+
+    Args:
+        output_dir: folder of the run.
+        accelerator: its trackers get the same numbers, as train/<key>, eval/loss, importance/..., probe/...
+        configuration: the resolved arguments, for run.json.
+    """
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, configuration: dict[str, Any], **facts: Any) -> None:
+        self.output_dir = output_dir
+        self.accelerator = accelerator
+        self.main = accelerator.is_main_process
+        earlier = read_run(output_dir) or {}
+        start = earlier["start"] if earlier and facts.get("resumed_from") else _now()
+        self.summary = {"status": "running", "start": start, "end": None, **facts, "configuration": configuration}
+        # One curve, however often the run was interrupted; under a sweep the agent names the run.
+        self.summary["wandb_run_id"] = os.environ.get("WANDB_RUN_ID") or earlier.get("wandb_run_id")
+        self._lost = bool(earlier.get("wandb_run_id")) and not earlier.get("wandb_complete")
+        self._scores: list[list[float]] = []
+        if self.main:
+            self._lock = _lock(output_dir)
+            write_json(output_dir / RUN, self.summary)
+
+    def start_trackers(self, run_name: str) -> None:
+        """Start the trackers the accelerator was made with.
+
+        W&B: the project is WANDB_PROJECT, else "ist"; the group WANDB_RUN_GROUP, else `run_name`; the job type
+        WANDB_JOB_TYPE, else "train"; the run id WANDB_RUN_ID, else the one that the run had before it was interrupted.
+        """
+        options = {}
+        if self.summary["configuration"]["report_to"] == "wandb":
+            self.summary["wandb_run_id"] = self.summary["wandb_run_id"] or secrets.token_hex(4)
+            options["wandb"] = {
+                "name": run_name,
+                "dir": str(self.output_dir),
+                "id": None if "WANDB_RUN_ID" in os.environ else self.summary["wandb_run_id"],
+                "resume": "allow",
+                "group": os.environ.get("WANDB_RUN_GROUP", run_name),
+                "job_type": os.environ.get("WANDB_JOB_TYPE", "train"),
+            }
+            if self.main:
+                write_json(self.output_dir / RUN, self.summary)
+        self.accelerator.project_configuration.logging_dir = str(self.output_dir)
+        scalars = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in self.summary["configuration"].items()
+        }
+        self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "ist"), scalars, options)
+        if self._lost:  # a process that is killed takes along what W&B has not written yet, offline all of it
+            lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
+            for line in sorted(lines, key=lambda line: line["step"]):
+                self._track(self.accelerator.log, tracked_values(line), step=line["step"])
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""
+        if not self.main:
+            return
+        # The importance update of step t comes before it: a checkpoint after t steps does not hold it yet.
+        for name, keeps in (
+            (METRICS, lambda line: line["step"] <= step),
+            (IMPORTANCE, lambda line: line["step"] < step),
+        ):
+            keep_lines(self.output_dir / name, lambda line, keeps=keeps: step > 0 and keeps(line))
+        self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
+
+    def close(self, status: str, **facts: Any) -> None:
+        """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture.
+
+        W&B puts a run of a sweep that is marked as preempting back into the sweep's queue. SIGUSR1 and SIGUSR2 are a
+        cluster's; SIGTERM is how W&B itself ends a run of a sweep early, and Ctrl-C is a user's.
+        """
+        self.summary.update(status=status, end=_now(), **facts)
+        if self.main:
+            write_json(self.output_dir / RUN, self.summary)
+            if (self.output_dir / METRICS).exists():
+                draw_importance(self.output_dir)
+            if run := self._wandb_run():
+                if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
+                    self._track(run.mark_preempting)
+                self._track(run.finish, exit_code={"finished": 0, "interrupted": 3}.get(status, 1))
+                self.summary["wandb_complete"] = bool(self.accelerator.trackers)
+                write_json(self.output_dir / RUN, self.summary)
+            os.close(self._lock)
+
+    def artifact(self, folder: Path) -> None:
+        """Give a folder (adapter/ or model/) to W&B."""
+        if run := self._wandb_run():
+            self._track(run.log_artifact, folder, name=f"{folder.name}-{run.id}", type="model")
+
+    def _wandb_run(self) -> Any:
+        """W&B's run on the main process, where that is the tracker; else None."""
+        trackers = self.accelerator.trackers if self.main else []
+        return next((tracker.run for tracker in trackers if tracker.name == "wandb"), None)
+
+    def _track(self, call: Callable, *args: Any, **kwargs: Any) -> None:
+        """Tell the trackers. One that fails does not take the run along: from then on there are the files alone."""
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            print(f"The tracker has failed ({brief(error)}); {self.output_dir} has everything.", file=sys.stderr)
+            self.accelerator.trackers = []
+
+    def metrics(self, line: dict) -> None:
+        """A logged training step."""
+        self._append(METRICS, line)
+        self._track(self.accelerator.log, tracked_values(line), step=line["step"])
+
+    def semantic(self, summary: dict, counts: LayerCounts) -> None:
+        """What a semantic rule saw before training, and the layers that it left to train."""
+        self.summary.update(semantic=summary, layer_counts=counts._asdict())
+        if self.main:
+            write_json(self.output_dir / RUN, self.summary)
+        values = {"semantic/boundary": summary["boundary"]}
+        values |= {f"semantic/deviation/space_{i:02d}": value for i, value in enumerate(summary["deviations"])}
+        self._track(self.accelerator.log, values, step=self.summary["steps"])
+
+    def validation(self, line: dict) -> None:
+        self._append(METRICS, line)
+        self._track(self.accelerator.log, tracked_values(line), step=line["step"])
+
+    def importance(self, line: dict, trained_counts: Sequence[int], probe_share: float) -> None:
+        """An importance update, how often each layer was trained so far, and the share of time spent on probes."""
+        self._append(IMPORTANCE, line)
+        step = line["step"]
+        values = importance_values(line, trained_counts) | {"probe/time_share": probe_share}
+        self._track(self.accelerator.log, values, step=step)
+        if self.main:
+            self._scores.append(line["scores"])
+            for tracker in self.accelerator.trackers:
+                image = heat_map(self._scores)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                self._track(tracker.log_images, {"importance/heat_map": image[None]}, step=step, **layout)
+
+    def _append(self, name: str, line: dict) -> None:
+        if self.main:
+            with open(self.output_dir / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for this process until it ends: a launcher that was killed may have left the last one running.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"--output_dir {folder} is being written by another process that is still running.") from error
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def draw_importance(output_dir: Path) -> Path:
+    """importance.png: sigmoid of every layer's score over steps (paper, Figure 4), and how often each was trained.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    run = read_run(output_dir)
+    if run is None or "trained_counts" not in run:
+        raise UsageError(f"{output_dir} holds no run with layers to draw (no {RUN} with trained_counts).")
+    path = output_dir / PICTURE
+    title = f"{output_dir.name}: {run['status']}"
+    updates, semantic = read_lines(output_dir / IMPORTANCE), run.get("semantic")
+    plot_importance(path, updates, run["trained_counts"], run["steps"], title, semantic)
+    return path
