@@ -23,8 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from ist.config import ISTConfig
 from ist.layers import drop_input_grad_hooks
-from ist.loss import token_loss_sum
-from ist.training.data import IGNORE, probe_rows
+from ist.training.data import probe_rows
 from ist.training.figures import plot_importance
 from ist.training.record import IMPORTANCE, PICTURE, importance_values, keep_lines, read_lines
 from ist.tuner import SparseTuner
@@ -79,7 +78,6 @@ class ISTCallback(TrainerCallback, ExportableState):
         self.tuner = SparseTuner(
             model,
             self.config,
-            lambda step: _probe_loss(self.tuner, step, args, train_dataloader),
             lambda step: _batches(step, self.config, args, train_dataloader),
         )
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -188,13 +186,3 @@ def _batches(
     for start in range(rank * size, len(indices), size * world_size):
         batch = loader.collate_fn([loader.dataset[i] for i in indices[start : start + size]])
         yield {key: value.to(args.device) for key, value in batch.items() if isinstance(value, Tensor)}
-
-
-def _probe_loss(tuner: SparseTuner, step: int, args: TrainingArguments, loader: DataLoader) -> Tensor:
-    """[2] float64: (sum of token losses, predicted tokens) over this rank's share."""
-    total = torch.zeros(2, dtype=torch.float64, device=args.device)
-    for batch in _batches(step, tuner.config, args, loader):
-        total[0] += token_loss_sum(tuner.model, batch)
-        predicted = batch["labels"] if tuner.model.config.is_encoder_decoder else batch["labels"][:, 1:]
-        total[1] += (predicted != IGNORE).sum()
-    return total

@@ -67,6 +67,12 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
         )
 
 
+def require_sharded(model: torch.nn.Module) -> None:
+    """Raises RuntimeError unless every parameter is a DTensor: what runs under FSDP by name alone trains otherwise."""
+    if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
+
+
 def reduce_sum(values: Tensor) -> Tensor:
     """The sum over ranks of a float64 tensor, on every rank, in one collective."""
     if _active():

@@ -34,7 +34,7 @@ import yaml
 from accelerate import Accelerator
 from scipy import stats
 
-from ist.benchmark.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns, train_ist
+from ist.benchmark.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns
 from ist.config import ISTConfig, UsageError, require
 from ist.evaluate.command import task_name
 from ist.report.figures import plot_arms
@@ -43,7 +43,8 @@ from ist.training.command_line import brief, markdown_table, parse_arguments, ru
 from ist.training.data import load_rows
 from ist.training.figures import plot_importance_panels
 from ist.training.memory import SavedByLayer, counting
-from ist.training.model import make_peft_config, plan_layers
+from ist.training.model import plan_layers
+from ist.training.peft_config import make_peft_config
 from ist.training.record import IMPORTANCE, METRICS, differing_keys, keep_lines, read_lines, read_run, require_writable
 
 ROOT = Path(__file__).parent.parent
@@ -416,7 +417,7 @@ class Runner:
             self._process(argv, where, may_fail=diverged)
         run = read_run(where)
         # Not what the model decides.
-        asked = {k: v for k, v in vars(arguments_of(train_ist(), flags)).items() if v not in (None, "auto")}
+        asked = {k: v for k, v in vars(arguments_of(flags)).items() if v not in (None, "auto")}
         differing = differing_keys(run["configuration"], asked)
         # A run may go on with other values of these; results beside each other may not have them.
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps"):
@@ -576,7 +577,7 @@ def bytes_by_part(flags: dict[str, Any], trained: Sequence[Sequence[int]], token
     Args:
         tokens: of a row of a micro-batch, which is counted without padding.
     """
-    args = arguments_of(train_ist(), flags)
+    args = arguments_of(flags)
     layers, config, _ = plan_layers(args, sharded=False)
     n_layers, peft_config = layers.n_layers, make_peft_config(args)
     shape = (args.per_device_train_batch_size, round(tokens))
@@ -856,7 +857,7 @@ def main(argv: Sequence[str]) -> int:
     for arm in arms.values():  # what any of them would be refused for, before the first is run
         first = {key: middle(values) for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
         try:
-            plan_layers(arguments_of(train_ist(), runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
+            plan_layers(arguments_of(runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
         except UsageError as error:
             raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
     if known and arms.keys() <= known["arms"].keys():  # nothing to run, but tables and pictures to make

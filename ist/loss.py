@@ -1,4 +1,6 @@
-"""The training loss: cross entropies summed over predicted tokens."""
+"""The training loss: cross entropies summed over predicted tokens, and how many tokens those are."""
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +82,28 @@ def row_loss_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The same for each row of the batch: [B] float32."""
     logits, labels = _logits_and_labels(model, batch)
     return torch.stack([cross_entropy_sum(*row) for row in zip(logits, labels, strict=True)])
+
+
+def predicted_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """How many tokens of a batch the loss counts, an int64 scalar. The first token of a row is predicted by an
+    encoder-decoder alone, whose decoder begins with a token of its own."""
+    labels = batch["labels"]
+    return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORE).sum()
+
+
+def token_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(sum of the cross entropies of the predicted tokens of a batch, their number): what `SparseTuner` measures."""
+    return token_loss_sum(model, batch), predicted_tokens(model, batch)
+
+
+Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+def total_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], loss: Loss = token_loss) -> Tensor:
+    """[2] float64: (sum of losses, number of predicted tokens) over this rank's batches."""
+    total = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+    for batch in batches:
+        loss_sum, tokens = loss(model, batch)
+        total[0] += loss_sum
+        total[1] += tokens
+    return total

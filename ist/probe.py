@@ -1,7 +1,8 @@
 """How the candidate losses of an importance update are measured (Eq. 8), or estimated.
 
 Each function gives [N_c, 2] float64 for this rank's share of the probe rows: (sum of token losses, predicted tokens) of
-every candidate set. Call them within `suppression.evaluation_mode`.
+every candidate set. `batches()` is this rank's share of the probe rows, the same at each call. Call them within
+`suppression.evaluation_mode`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,27 +13,30 @@ from peft import PeftType
 from torch import Tensor, nn
 
 from ist.layers import LayerMap
-from ist.loss import IGNORE, row_loss_sums, token_loss_sum
+from ist.loss import Loss, predicted_tokens, row_loss_sums, token_loss, total_loss
 from ist.suppression import RowsMixed, suppress
 
 # Methods whose response to a row depends on the other rows of the batch: Lily's router takes means over all of it.
 ROWS_MIX = {PeftType.LILY}
 
 
+Batches = Callable[[], Iterable[dict[str, Tensor]]]
+
+
 def one_by_one(
-    layers: LayerMap, candidates: Sequence[Sequence[int]], beta: float, loss: Callable[[], Tensor]
+    model: nn.Module,
+    layers: LayerMap,
+    candidates: Sequence[Sequence[int]],
+    beta: float,
+    batches: Batches,
+    loss: Loss = token_loss,
 ) -> Tensor:
-    """The paper's probe: `loss`, [2], once for each candidate set, with beta on all layers outside the set."""
+    """The paper's probe: the loss once for each candidate set, with beta on all layers outside the set."""
     sums = []
     for kept in candidates:
         with suppress(layers.tuners_outside(kept), beta):
-            sums.append(loss().double())
+            sums.append(total_loss(model, batches(), loss))
     return torch.stack(sums)
-
-
-def _predicted(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    labels = batch["labels"]
-    return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORE).sum()
 
 
 def stacked(
@@ -40,24 +44,24 @@ def stacked(
     layers: LayerMap,
     candidates: Sequence[Sequence[int]],
     beta: float,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Batches,
+    loss: Loss = token_loss,
 ) -> Tensor:
-    """All candidates in one forward a batch, which stands there once for each: N_c times fewer gathers when sharded."""
-    sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=model.device)
-    mixed = any(config.peft_type in ROWS_MIX for config in model.peft_config.values())
-    flash = "flash" in str(model.config._attn_implementation)  # it knows packed rows by a batch of one only
-    for batch in batches:
+    """All candidates in one forward a batch, which stands there once for each: N_c times fewer gathers when sharded.
+
+    One by one where rows cannot have a gate each, and with a loss that is not `token_loss`.
+    """
+    sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=next(model.parameters()).device)
+    mixed = loss is not token_loss or any(config.peft_type in ROWS_MIX for config in model.peft_config.values())
+    flash = not mixed and "flash" in str(model.config._attn_implementation)  # it knows packed rows by a batch of one
+    for batch in batches():
         try:
             if mixed or (flash and "position_ids" in batch):
                 raise RowsMixed
             sums[:, 0] += _stacked_losses(model, layers, candidates, beta, batch)
-            sums[:, 1] += _predicted(model, batch)
+            sums[:, 1] += predicted_tokens(model, batch)
         except RowsMixed:
-
-            def loss(batch: dict[str, Tensor] = batch) -> Tensor:
-                return torch.stack([token_loss_sum(model, batch), _predicted(model, batch)])
-
-            sums += one_by_one(layers, candidates, beta, loss)
+            sums += one_by_one(model, layers, candidates, beta, lambda batch=batch: [batch], loss)
     return sums
 
 
@@ -89,23 +93,26 @@ def _all_frozen(model: nn.Module):
 
 
 def gate_derivatives(
-    model: nn.Module, layers: LayerMap, batches: Iterable[dict[str, Tensor]]
+    model: nn.Module, layers: LayerMap, batches: Iterable[dict[str, Tensor]], loss: Loss = token_loss
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its derivatives by the layers' responses g_i at g = 1, predicted tokens): sums, float64; [], [N_L], []."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
-    derivatives = torch.zeros(layers.n_layers, dtype=torch.float64, device=model.device)
+    device = next(model.parameters()).device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    derivatives = torch.zeros(layers.n_layers, dtype=torch.float64, device=device)
     tokens = torch.zeros_like(loss_sum)
     with _all_frozen(model), torch.enable_grad():
         for batch in batches:
-            gates = [torch.ones((), device=model.device, requires_grad=True) for _ in layers.modules]
+            gates = [torch.ones((), device=device, requires_grad=True) for _ in layers.modules]
             with ExitStack() as hooks:
                 for modules, gate in zip(layers.modules, gates, strict=True):
                     hooks.enter_context(suppress(modules, gate))
-                loss = token_loss_sum(model, batch)
-                by_layer = torch.autograd.grad(loss, gates)  # here: checkpointing runs layers again, with their hooks
-            loss_sum += loss.detach()
+                batch_loss, predicted = loss(model, batch)
+                by_layer = torch.autograd.grad(
+                    batch_loss, gates
+                )  # here: checkpointing runs layers again, with their hooks
+            loss_sum += batch_loss.detach()
             derivatives += torch.stack(by_layer)
-            tokens += _predicted(model, batch)
+            tokens += predicted
     return loss_sum, derivatives, tokens
 
 
@@ -114,10 +121,11 @@ def estimated(
     layers: LayerMap,
     candidates: Sequence[Sequence[int]],
     beta: float,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Batches,
+    loss: Loss = token_loss,
 ) -> Tensor:
     """Candidate losses to first order: L + sum over the suppressed layers of (beta - 1) dL/dg_i. Not the paper's."""
-    loss_sum, derivatives, tokens = gate_derivatives(model, layers, batches)
+    loss_sum, derivatives, tokens = gate_derivatives(model, layers, batches(), loss)
     outside = torch.tensor([[float(i not in kept) for i in range(layers.n_layers)] for kept in candidates])
     losses = loss_sum + (beta - 1) * (outside.to(derivatives) @ derivatives)
     return torch.stack([losses, tokens.expand_as(losses)], dim=1)

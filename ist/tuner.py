@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from ist import distributed, probe
 from ist.config import ISTConfig, UsageError
 from ist.layers import LayerMap
+from ist.loss import Loss, token_loss
 from ist.selection import CalibratedRule, make_rule
 from ist.suppression import evaluation_mode
+
+PROBES = {"full": probe.one_by_one, "cheap": probe.stacked, "gradient": probe.estimated}
 
 
 class SparseTuner:
@@ -20,7 +24,7 @@ class SparseTuner:
 
     Build it last, when the optimizer (over *all* adapter parameters) exists and the model is prepared:
 
-        tuner = SparseTuner(model, ISTConfig(), probe_loss)
+        tuner = SparseTuner(model, ISTConfig(), probe_batches)
         for step in range(max_steps):
             update = tuner.begin_step(step)   # before the first forward of the step; an update's record, or None
             ...                               # forward, backward, clip tuner.trained_parameters(), optimizer.step()
@@ -30,11 +34,10 @@ class SparseTuner:
         model: a PEFT model, unwrapped (`accelerator.unwrap_model`) but already sharded where it is to be; or, for
             rules that suppress nothing, any model whose layers' own weights train.
         config: the rule and its hyper-parameters.
-        probe_loss: step -> [2] tensor, (sum of token losses, number of predicted tokens) over this rank's share of
-            the probe rows of that step, the same rows at every call. Called by ist and semantic+ist, `probe` full.
-        batches: step -> this rank's share of the probe rows of that step; "calibration" -> of `config.semantic_rows`
-            training rows; as batches on the model's device, as many on each rank. Called with the other probes, and
-            by semantic and semantic+ist.
+        probe_batches: step -> this rank's share of the probe rows of that step, the same rows at every call;
+            "calibration" -> of `config.semantic_rows` training rows; as batches on the model's device, as many on each
+            rank. Called by ist, semantic and semantic+ist.
+        loss: (model, batch) -> (sum of token losses, number of predicted tokens).
 
     Raises:
         UsageError: the rule's keys do not fit the model's layers, or it suppresses responses and there are none.
@@ -44,13 +47,13 @@ class SparseTuner:
         self,
         model: nn.Module,
         config: ISTConfig,
-        probe_loss: Callable[[int], Tensor],
-        batches: Callable[[int | str], Iterable[dict[str, Tensor]]] | None = None,
+        probe_batches: Callable[[int | str], Iterable[dict[str, Tensor]]] | None = None,
+        loss: Loss = token_loss,
     ) -> None:
         self.model = model
         self.config = config
-        self.probe_loss = probe_loss
-        self.batches = batches
+        self.probe_batches = probe_batches
+        self.loss = loss
         self.layers = LayerMap(model, config.layer_stack)
         self.rule = make_rule(self.layers.n_layers, config)
         if config.suppresses and not any(self.layers.modules):
@@ -79,7 +82,7 @@ class SparseTuner:
         if not self.rule.calibrated:
             self._require_batches()
             with evaluation_mode(self.model):
-                self.rule.calibrate(self.model, self.layers, self.batches("calibration"))
+                self.rule.calibrate(self.model, self.layers, self.probe_batches("calibration"))
         return self.rule.summary()
 
     def begin_step(self, step: int) -> dict | None:
@@ -107,13 +110,12 @@ class SparseTuner:
         """The importance loop: one loss per candidate set, everything outside the set suppressed (Eq. 8-10)."""
         start = time.perf_counter()
         candidates = self.rule.candidates(step)
+        self._require_batches()
+        batches = partial(self.probe_batches, step)
         with evaluation_mode(self.model):
-            if self.config.probe == "full":
-                sums = probe.one_by_one(self.layers, candidates, self.config.suppression, lambda: self.probe_loss(step))
-            else:
-                self._require_batches()
-                measure = probe.stacked if self.config.probe == "cheap" else probe.estimated
-                sums = measure(self.model, self.layers, candidates, self.config.suppression, self.batches(step))
+            sums = PROBES[self.config.probe](
+                self.model, self.layers, candidates, self.config.suppression, batches, self.loss
+            )
         loss_sum, tokens = distributed.reduce_sum(sums).unbind(dim=1)
         losses = (loss_sum / tokens).tolist()
         rewards = self.rule.update(candidates, losses)
@@ -146,6 +148,12 @@ class SparseTuner:
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile each layer by itself: the graph of the whole model changes with the draw."""
+        for block in self.layers.blocks:
+            # Dynamic: rows differ in length, and each new length would be another graph.
+            block.compile(backend=backend, dynamic=True)
+
     def state_dict(self) -> dict:
         """What the rule has learned, and counts, JSON-ready; draws depend on (seed, step) alone and need no state."""
         return {**self.rule.state_dict(), "trained_counts": self.trained_counts}
@@ -156,9 +164,8 @@ class SparseTuner:
         self._plan = {}
 
     def _require_batches(self) -> None:
-        if self.batches is None:
-            what = f"probe {self.config.probe}, selection {self.config.selection}"
-            raise ValueError(f"SparseTuner needs `batches` for this ({what}): see its docstring")
+        if self.probe_batches is None:
+            raise ValueError(f"selection {self.config.selection} needs probe_batches: see SparseTuner's docstring")
 
     def _activate(self, trained: list[int]) -> None:
         for i, parameters in enumerate(self.layers.parameters):

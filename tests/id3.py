@@ -29,6 +29,7 @@ from conftest import read_lines, reset_accelerate
 
 from ist.report.tables import publish
 from ist.selection import StepwiseUnmasking
+from ist.training import model as training_model
 
 ARMS = {
     "LoRA": {"selection": "all"},
@@ -53,7 +54,7 @@ def try_arm(arm: str, options: argparse.Namespace) -> dict:
     choosing: list[float] = []
     updating: list[float] = []
     made: list[torch.optim.Optimizer] = []
-    make_optimizer, unmask = train_ist.make_optimizer, StepwiseUnmasking.unmask
+    make_optimizer, unmask = training_model.make_optimizer, StepwiseUnmasking.unmask
 
     def watched(*args):
         optimizer = make_optimizer(*args)
@@ -69,12 +70,12 @@ def try_arm(arm: str, options: argparse.Namespace) -> dict:
             **{"learning_rate": 5e-4, "warmup_steps": 4, "logging_steps": 1, "report_to": "none", **ARMS[arm]},
         }
         reset_accelerate()
-        train_ist.make_optimizer, StepwiseUnmasking.unmask = watched, timed(unmask, choosing)
+        training_model.make_optimizer, StepwiseUnmasking.unmask = watched, timed(unmask, choosing)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 code = train_ist.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
         finally:
-            train_ist.make_optimizer, StepwiseUnmasking.unmask = make_optimizer, unmask
+            training_model.make_optimizer, StepwiseUnmasking.unmask = make_optimizer, unmask
         assert code == 0
         run = json.loads(Path(folder, "run/run.json").read_text())
         lines = read_lines(Path(folder, "run/metrics.jsonl"))

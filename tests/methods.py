@@ -408,7 +408,7 @@ def worker(topology: str, work: Path, names: list[str]) -> None:
     answers: dict[str, dict[str, str]] = {}
     PartialState.destroy_process_group = lambda *_: None  # main ends with it; the next method goes on with the group
     if topology == "fsdp2":
-        from fsdp_on_cpu import turn_on_fsdp
+        from ist.benchmark.fsdp_on_cpu import turn_on_fsdp
 
         turn_on_fsdp()
     for name in names:

@@ -29,7 +29,7 @@ def worker(topology: str, work: Path) -> None:
     seen = {}
     PartialState.destroy_process_group = lambda *_: None  # main ends with it; the next arm goes on with the group
     if topology == "fsdp2":
-        from fsdp_on_cpu import turn_on_fsdp
+        from ist.benchmark.fsdp_on_cpu import turn_on_fsdp
 
         turn_on_fsdp()
     predictions, predict = [], plan.predict

@@ -26,10 +26,12 @@ from accelerate.utils import broadcast_object_list
 from conftest import make_tiny, read_lines, reset_accelerate
 from safetensors.torch import load_file
 
+import ist.loss
 import ist.probe
 import ist.training.checkpoint
 import ist.tuner
 import train_ist
+from ist.training import objective
 from ist.training.word_problems import arithmetic_rows
 
 STEPS = 24
@@ -81,7 +83,7 @@ class Interruptions:
         return call
 
     def install(self) -> None:
-        evaluation_mode = train_ist.evaluation_mode
+        evaluation_mode = objective.evaluation_mode
 
         @contextlib.contextmanager
         def evaluation(model):
@@ -92,13 +94,13 @@ class Interruptions:
             finally:
                 self.inside.pop()
 
-        train_ist.evaluation_mode = evaluation
+        objective.evaluation_mode = evaluation
         tuner = ist.tuner.SparseTuner
         tuner.update_importance = self.within("probe", tuner.update_importance)
-        train_ist.token_loss_sum = self.at(train_ist.token_loss_sum)
-        for name in ("token_loss_sum", "row_loss_sums"):
-            setattr(ist.probe, name, self.at(getattr(ist.probe, name)))
-        for name in ("_gathered", "_split_optimizer", "save_file", "write_json", "publish"):
+        objective.token_loss_sum = self.at(objective.token_loss_sum)
+        ist.loss.token_loss_sum = self.at(ist.loss.token_loss_sum)
+        ist.probe.row_loss_sums = self.at(ist.probe.row_loss_sums)
+        for name in ("gathered", "_split_optimizer", "save_file", "write_json", "publish"):
             setattr(ist.training.checkpoint, name, self.at(getattr(ist.training.checkpoint, name), "save"))
 
 
@@ -119,7 +121,7 @@ def worker(topology: str, work: Path, times: int, seed: int) -> None:
     """`times` interrupted runs on this rank; each one's plan, and what came of it, goes to {topology}-{number}.json."""
     PartialState.destroy_process_group = lambda *_: None  # main ends with it; the next run goes on with the group
     if topology == "fsdp2":
-        from fsdp_on_cpu import turn_on_fsdp
+        from ist.benchmark.fsdp_on_cpu import turn_on_fsdp
 
         turn_on_fsdp()
     interruptions = Interruptions()

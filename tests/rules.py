@@ -65,7 +65,7 @@ def worker(topology: str, work: Path) -> None:
     seen = {}
     PartialState.destroy_process_group = lambda *_: None  # main ends with it; the next rule goes on with the group
     if topology == "fsdp2":
-        from fsdp_on_cpu import turn_on_fsdp
+        from ist.benchmark.fsdp_on_cpu import turn_on_fsdp
 
         turn_on_fsdp()
     for name in ARMS:

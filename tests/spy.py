@@ -15,12 +15,12 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
-from fsdp_on_cpu import turn_on_fsdp
 from torch.distributed.tensor import DTensor
 
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+from ist.benchmark.fsdp_on_cpu import turn_on_fsdp
 from ist.sampler import ImportanceSampler
 from ist.tuner import SparseTuner
 

@@ -11,7 +11,7 @@ import pytest
 from ist.benchmark import command as benchmark
 from ist.benchmark import speed
 from ist.config import UsageError
-from ist.tuner import SparseTuner
+from ist.tuner import PROBES
 
 
 def run(tiny, tmp_path, what, *options):
@@ -28,9 +28,9 @@ def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
     assert result["commit"]
     assert result["command"].startswith("python -m ist.benchmark speed")
     for one in result["results"]["ist"]:
-        parts = sum(one[part] for part in ("forward", "backward", "optimizer", "probe", "begin_step"))
+        parts = sum(one[part] for part in ("forward", "backward", "optimizer", "probe", "bookkeeping"))
         assert 0.3 * one["total"] < parts < 3 * one["total"]  # another run of the same steps, on a shared machine
-        assert one["begin_step"] < one["forward"]
+        assert one["bookkeeping"] < one["forward"]
     assert "probe" not in result["results"]["last"][0]
     for runs in result["results"].values():
         for one, bare in zip(runs, result["results"]["bare loop"], strict=True):
@@ -72,12 +72,12 @@ def test_arms_take_turns_with_the_bare_loop_beside_each_group(monkeypatch):
 
 def test_parts_are_those_of_the_steps_that_count(tiny, train_file, monkeypatch):
     """Of 21 steps with updates at 10 and 20, the first window and the last step are no turns that count."""
-    update = SparseTuner.update_importance
-    monkeypatch.setattr(SparseTuner, "update_importance", lambda *args: (sleep(2), update(*args))[1])
+    full = PROBES["full"]
+    monkeypatch.setitem(PROBES, "full", lambda *args: (sleep(2), full(*args))[1])
     steps = []
     turns = SimpleNamespace(wait=steps.append)
     flags = {"model_name_or_path": tiny, "train_file": train_file, "selection": "ist", "max_steps": 21}
-    found = speed.run_ours(speed.train_ist(), flags, True, turns)
+    found = speed.run_ours(flags, True, turns)
     assert steps == list(range(21))
     assert 2 <= 10 * found["probe"] < 3  # seconds: one update
 

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 import train_ist
 from ist import ISTCallback, ISTConfig
+from ist.training import objective
 
 
 class InOrderBatches:
@@ -33,7 +34,7 @@ class InOrderBatches:
 def reference(train, tmp_path, monkeypatch):
     """(rows, metrics, updates) of 20 steps of train_ist.py on rows in their order."""
     seen, prepare = {}, train_ist.prepare_data
-    monkeypatch.setattr(train_ist, "GlobalBatches", InOrderBatches)
+    monkeypatch.setattr(objective, "GlobalBatches", InOrderBatches)
     monkeypatch.setattr(train_ist, "prepare_data", lambda args: seen.setdefault("data", prepare(args)))
     assert train(**IST, lora_dropout=0, max_steps=20) == 0
     metrics = read_lines(tmp_path / "run/metrics.jsonl")
@@ -269,7 +270,7 @@ def test_an_encoder_decoder(tmp_path, rows, stack, n_layers):
 @pytest.mark.parametrize("rule", ["lisa", "semantic+ist", "last"])
 def test_other_rules_choose_as_in_train_ist(train, tiny, tmp_path, monkeypatch, rule):
     seen, prepare = {}, train_ist.prepare_data
-    monkeypatch.setattr(train_ist, "GlobalBatches", InOrderBatches)
+    monkeypatch.setattr(objective, "GlobalBatches", InOrderBatches)
     monkeypatch.setattr(train_ist, "prepare_data", lambda args: seen.setdefault("data", prepare(args)))
     assert train(**IST, selection=rule, lora_dropout=0, max_steps=20) == 0
     metrics = read_lines(tmp_path / "run/metrics.jsonl")

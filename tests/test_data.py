@@ -281,5 +281,5 @@ def test_a_model_that_sees_across_packed_rows_is_refused(train, tmp_path, rows):
     MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)).save_pretrained(
         folder
     )
-    with pytest.raises(UsageError, match="--packing true gives this model another loss"):
+    with pytest.raises(UsageError, match="--packing true changes this model's loss"):
         train(model_name_or_path=folder, packing=True)

@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+import train_ist
 from ist import experiment
 from ist.config import UsageError
 from ist.evaluate import command as evaluate
+from ist.loss import token_loss_sum
 from ist.training.data import collate
 from ist.training.word_problems import arithmetic_rows
 
@@ -83,7 +85,7 @@ def saved_by_hooks(folder: Path, adapter: Path, rows: int, tokens: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()
-        experiment.train_ist().token_loss_sum(model, batch)
+        token_loss_sum(model, batch)
     batch_own = {t.untyped_storage().data_ptr() for t in batch.values()}
     return sum(storage.nbytes() for pointer, storage in seen.items() if pointer not in own | batch_own)
 
@@ -116,7 +118,7 @@ def few_processes(monkeypatch):
         if len(started) == 1:
             return real(runner, argv, where, **options)
         reset_accelerate()
-        main = experiment.train_ist().main if argv[0] == "train_ist.py" else evaluate.main
+        main = train_ist.main if argv[0] == "train_ist.py" else evaluate.main
         assert main([part for part in argv if part not in ("train_ist.py", "-m", "ist.evaluate")]) == 0
         reset_accelerate()
 
@@ -569,4 +571,4 @@ def test_the_files_that_come_along_are_experiments(file):
     for arm in read.arms.values():
         flags = read.recipe | arm.settings | {key: values[0] for key, values in arm.tune.items()}
         flags |= {"model_name_or_path": "m", "train_file": "f", "report_to": "none"}
-        experiment.arguments_of(experiment.train_ist(), flags)
+        experiment.arguments_of(flags)

@@ -17,12 +17,13 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-import train_ist
 from ist import ISTConfig
 from ist.config import UsageError
 from ist.layers import LayerMap, default_target_modules, outside_decoder
+from ist.training.arguments import ARGUMENTS, require_consistent
 from ist.training.command_line import parse_arguments
-from ist.training.model import free_base_weights, make_peft_config, plan_layers
+from ist.training.model import free_base_weights, plan_layers
+from ist.training.peft_config import make_peft_config
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -110,9 +111,9 @@ def test_recipe(name, tmp_path, monkeypatch):
     """It parses, every module that it names is there, and its layer counts are the paper's."""
     monkeypatch.chdir(families.ROOT)
     recipe = f"launch/recipes/{name}.yaml"
-    *parsed, _ = parse_arguments(train_ist.ARGUMENTS, ["--config", recipe], "")
+    *parsed, _ = parse_arguments(ARGUMENTS, ["--config", recipe], "")
     args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
-    train_ist.require_consistent(args)
+    require_consistent(args)
     family, n_layers = TWINS[args.model_name_or_path]
     config_class, values = families.FAMILIES[family]
     depth = "num_hidden_layers" if "num_hidden_layers" in values else "n_layer"

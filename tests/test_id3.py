@@ -20,6 +20,7 @@ from ist.adapters import ParallelConfig, SeriesConfig
 from ist.config import UsageError
 from ist.selection import StepwiseUnmasking, id3
 from ist.selection.packed_adamw import PackedAdamW
+from ist.training import model as training_model
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 ADAPTERS = {
@@ -473,9 +474,8 @@ def test_resume_is_exact_and_needs_the_moments(train, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(train, tmp_path, monkeypatch, options, message):
-    import train_ist
 
-    monkeypatch.setattr(train_ist, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(training_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UsageError, match=message) as error:
         train(**{"selection": "id3", **options})
     assert "\n" not in str(error.value)
@@ -490,7 +490,7 @@ def test_adalora_is_refused(train, tmp_path):
 
 
 def test_without_its_optimizer_it_trains_nothing():
-    tuner = SparseTuner(tiny_model(), ISTConfig(selection="id3"), probe_loss=None)
+    tuner = SparseTuner(tiny_model(), ISTConfig(selection="id3"))
     with pytest.raises(RuntimeError, match="attach the rule to a PackedAdamW"):
         tuner.begin_step(0)
     optimizer = PackedAdamW([nn.Parameter(torch.ones(3))])

@@ -17,12 +17,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, GPT2Config, LlamaForCausalLM
 
-import train_ist
 from ist.benchmark import command as benchmark
 from ist.config import ISTConfig, UsageError
 from ist.distributed import local_tensor
 from ist.loss import token_loss_sum
 from ist.training import memory, plan
+from ist.training import model as training_model
 from ist.training.memory import (
     SavedByLayer,
     StepCounter,
@@ -32,7 +32,8 @@ from ist.training.memory import (
     materialise,
     weight_tensors,
 )
-from ist.training.model import load_model, load_skeleton, make_peft_config
+from ist.training.model import load_model, load_skeleton
+from ist.training.peft_config import make_peft_config
 from ist.tuner import SparseTuner
 
 GPT2 = GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=400, n_positions=128, bos_token_id=1, eos_token_id=2)
@@ -220,8 +221,8 @@ def predictions(monkeypatch):
 def peak_of_a_run(train, monkeypatch, start: int, **options) -> int:
     """From step `start` on, when every layer has trained: what was there then, and what the allocator gave."""
     made, base, profiler = [], [], profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    begin_step, make_optimizer = SparseTuner.begin_step, train_ist.make_optimizer
-    monkeypatch.setattr(train_ist, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
+    begin_step, make_optimizer = SparseTuner.begin_step, training_model.make_optimizer
+    monkeypatch.setattr(training_model, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
 
     def watched(tuner, step):
         if step == start:

@@ -6,6 +6,7 @@ from conftest import read_lines
 from safetensors.torch import load_file
 
 from ist.config import UsageError
+from ist.training import extensions
 
 
 def adapter(run):
@@ -31,11 +32,9 @@ def test_offloaded_moments_train_as_kept_ones(train, tmp_path):
 
 
 def test_moments_are_on_the_cpu_or_gone_while_a_layer_rests(train, tmp_path, monkeypatch):
-    import train_ist
-
     seen = []
 
-    class Watched(train_ist.RestingState):
+    class Watched(extensions.RestingState):
         def switch(self, trained):
             super().switch(trained)
             with_state = {
@@ -43,7 +42,7 @@ def test_moments_are_on_the_cpu_or_gone_while_a_layer_rests(train, tmp_path, mon
             }
             seen.append((set(trained), with_state, set(self._away)))
 
-    monkeypatch.setattr(train_ist, "RestingState", Watched)
+    monkeypatch.setattr(extensions, "RestingState", Watched)
     for policy in ("drop", "offload"):
         seen.clear()
         assert train(selection="random", optimizer_state=policy, output_dir=tmp_path / policy) == 0

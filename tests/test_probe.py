@@ -14,6 +14,7 @@ from ist.layers import LayerMap
 from ist.loss import token_loss_sum
 from ist.suppression import RowsMixed, evaluation_mode, suppress
 from ist.training.data import micro_batches
+from ist.tuner import PROBES
 
 CANDIDATES = [[0, 2], [1, 2, 4], [3, 4]]
 CONFIGS = {
@@ -43,13 +44,11 @@ def some_batches(n=3):
 
 
 def exact(model, layers, candidates, beta):
-    def loss():
-        batches = list(some_batches())
-        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-        return torch.stack([sum(token_loss_sum(model, batch) for batch in batches), tokens])
+    def loss(model, batch):
+        return token_loss_sum(model, batch), (batch["labels"][:, 1:] != -100).sum()
 
     with evaluation_mode(model):
-        return probe.one_by_one(layers, candidates, beta, loss)
+        return probe.one_by_one(model, layers, candidates, beta, some_batches, loss)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -58,7 +57,7 @@ def test_stacked_candidates_have_the_losses_of_one_by_one(name):
     expected = exact(model, layers, CANDIDATES, 0.25)
     assert (expected[:, 0] - expected[0, 0])[1:].abs().min() > 0.01  # the candidates differ
     with evaluation_mode(model):
-        sums = probe.stacked(model, layers, CANDIDATES, 0.25, some_batches())
+        sums = probe.stacked(model, layers, CANDIDATES, 0.25, some_batches)
     torch.testing.assert_close(sums, expected, rtol=2e-6, atol=0)
 
 
@@ -67,7 +66,7 @@ def test_stacked_is_one_forward_a_batch():
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(len(out)))
     with evaluation_mode(model):
-        probe.stacked(model, layers, CANDIDATES, 0.25, some_batches())
+        probe.stacked(model, layers, CANDIDATES, 0.25, some_batches)
     assert seen == [9, 9, 9]
 
 
@@ -102,7 +101,7 @@ def test_the_estimate_is_exact_to_first_order():
     for distance in (1e-2, 1e-3):
         expected = exact(model, layers, CANDIDATES, 1 - distance)
         with evaluation_mode(model):
-            sums = probe.estimated(model, layers, CANDIDATES, 1 - distance, some_batches())
+            sums = probe.estimated(model, layers, CANDIDATES, 1 - distance, some_batches)
         assert torch.equal(sums[:, 1], expected[:, 1])
         errors.append((sums - expected)[:, 0].abs().max().item())
     assert errors[0] < 0.05
@@ -128,11 +127,11 @@ def test_a_model_that_flattens_rows_and_positions():
     expected = exact(model, layers, CANDIDATES, 0.25)
     with evaluation_mode(model):
         torch.testing.assert_close(
-            probe.stacked(model, layers, CANDIDATES, 0.25, some_batches()), expected, rtol=2e-6, atol=0
+            probe.stacked(model, layers, CANDIDATES, 0.25, some_batches), expected, rtol=2e-6, atol=0
         )
         near = exact(model, layers, CANDIDATES, 0.99)
         with evaluation_mode(model):
-            estimate = probe.estimated(model, layers, CANDIDATES, 0.99, some_batches())
+            estimate = probe.estimated(model, layers, CANDIDATES, 0.99, some_batches)
     torch.testing.assert_close(estimate, near, rtol=1e-4, atol=0)
 
 
@@ -145,7 +144,7 @@ def test_rows_that_cannot_be_told_apart_are_measured_one_by_one(monkeypatch):
 
     monkeypatch.setattr(probe, "_stacked_losses", mixed)
     with evaluation_mode(model):
-        torch.testing.assert_close(probe.stacked(model, layers, CANDIDATES, 0.25, some_batches()), expected)
+        torch.testing.assert_close(probe.stacked(model, layers, CANDIDATES, 0.25, some_batches), expected)
 
 
 def test_the_last_tokens_end_with_a_predicted_one():
@@ -170,13 +169,13 @@ def test_a_cheap_probe_takes_the_ends_of_its_rows(train, tmp_path, monkeypatch):
     widths = []
     stacked = probe.stacked
 
-    def watched(model, layers, candidates, beta, batches):
-        batches = list(batches)
+    def watched(model, layers, candidates, beta, make_batches, loss):
+        batches = list(make_batches())
         widths.extend(batch["input_ids"].shape for batch in batches)
         assert all((batch["labels"][:, -1] != -100).all() for batch in batches)
-        return stacked(model, layers, candidates, beta, batches)
+        return stacked(model, layers, candidates, beta, make_batches, loss)
 
-    monkeypatch.setattr(probe, "stacked", watched)
+    monkeypatch.setitem(PROBES, "cheap", watched)
     assert train(probe="cheap", max_length=64, max_steps=9) == 0
     assert widths == [(1, 32), (1, 32)]  # of 4 rows one, and of that the last 64 * 4 / 8
     assert len(read_lines(tmp_path / "run/importance.jsonl")) == 2

@@ -20,6 +20,8 @@ from ist.config import UsageError
 from ist.layers import LayerMap, drop_input_grad_hooks
 from ist.selection import FixedLayers, LisaSampler, SemanticFreezing, make_rule
 from ist.selection.semantic import SemanticBases, choose_boundary, layer_gains, measure_deviations
+from ist.training import model as training_model
+from ist.training import objective
 
 # ------------------------------------------------------------------------------------------- on each topology
 
@@ -207,9 +209,8 @@ def test_fixed_first_and_last():
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(train, tmp_path, monkeypatch, options, message):
-    import train_ist
 
-    monkeypatch.setattr(train_ist, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(training_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UsageError, match=message) as error:
         train(**options)
     assert "\n" not in str(error.value)
@@ -323,7 +324,7 @@ def test_the_boundary_is_the_planted_layer_in_ten_of_ten_seeds(adapted):
         batches = toy.batches(generator)
         model = get_peft_model(toy, LoraConfig(target_modules=["noise"])) if adapted else toy
         config = ISTConfig(selection="semantic", min_trained_layers=1)
-        tuner = SparseTuner(model, config, probe_loss=None, batches=lambda _, batches=batches: batches)
+        tuner = SparseTuner(model, config, probe_batches=lambda _, batches=batches: batches)
         tuner.begin_step(0)
         planted.append(m)
         found.append(tuner.rule.boundary)
@@ -343,7 +344,7 @@ def test_layers_without_adapters_have_gains_of_their_own():
     toy = Planted(8, 3, generator)
     model = get_peft_model(toy, LoraConfig(target_modules=r"layers\.[01567]\.noise"))
     batches = toy.batches(generator)
-    tuner = SparseTuner(model, ISTConfig(selection="semantic"), probe_loss=None, batches=lambda _: batches)
+    tuner = SparseTuner(model, ISTConfig(selection="semantic"), probe_batches=lambda _: batches)
     tuner.begin_step(0)
     assert tuner.rule.boundary == 3
     assert tuner.trained == [2, 3, 4]  # of the adapted ones: 5, 6 and 7
@@ -352,7 +353,7 @@ def test_layers_without_adapters_have_gains_of_their_own():
     assert again.summary() == tuner.rule.summary()
     assert again.trained(7) == [2, 3, 4]
     model = get_peft_model(Planted(8, 3, generator), LoraConfig(target_modules=r"layers\.2\.noise"))
-    tuner = SparseTuner(model, ISTConfig(selection="semantic"), probe_loss=None, batches=lambda _: batches)
+    tuner = SparseTuner(model, ISTConfig(selection="semantic"), probe_batches=lambda _: batches)
     tuner.begin_step(0)
     assert tuner.trained == [0]
 
@@ -364,7 +365,7 @@ def test_the_pass_is_without_dropout_and_leaves_no_hooks(monkeypatch):
             random_llama(attention_dropout=dropout), LoraConfig(target_modules=["q_proj"], lora_dropout=dropout)
         )
         config = ISTConfig(selection="semantic")
-        tuner = SparseTuner(model.train(), config, probe_loss=None, batches=lambda _: some_batches())
+        tuner = SparseTuner(model.train(), config, probe_batches=lambda _: some_batches())
         tuner.prepare()
         return tuner.rule.summary()
 
@@ -389,15 +390,13 @@ def test_what_cannot_be_compared_is_refused(train, tmp_path, rows):
     with pytest.raises(UsageError, match=r"hidden states \(of size 32\) with rows of the LM head \(of size 16\)"):
         train(selection="semantic", model_name_or_path=folder)
     with pytest.raises(UsageError, match="suppresses adapters, and the model has none"):
-        SparseTuner(random_llama(), ISTConfig(), probe_loss=None)
+        SparseTuner(random_llama(), ISTConfig())
 
 
 def test_as_many_calibration_rows_as_asked_for(train, monkeypatch):
-    import train_ist
-
     seen = []
-    rows_of = train_ist.probe_rows
-    monkeypatch.setattr(train_ist, "probe_rows", lambda *args: seen.append((args[3], rows_of(*args))) or seen[-1][1])
+    rows_of = objective.probe_rows
+    monkeypatch.setattr(objective, "probe_rows", lambda *args: seen.append((args[3], rows_of(*args))) or seen[-1][1])
     assert train(selection="semantic", semantic_rows=7, max_steps=2) == 0
     ((step, rows),) = seen
     assert step == "calibration"
@@ -461,7 +460,7 @@ def test_nothing_below_the_boundary_is_kept_for_the_backward(adapted, checkpoint
             parameter.requires_grad_(".layers." in name)
     drop_input_grad_hooks(model)
     model.train()
-    tuner = SparseTuner(model, ISTConfig(selection="semantic"), probe_loss=None)
+    tuner = SparseTuner(model, ISTConfig(selection="semantic"))
     tuner.rule.see([0.9, 0.85, 0.8, 0.3, 0.29, 0.28, 0.27])
     boundary = tuner.rule.boundary
     assert boundary == 2

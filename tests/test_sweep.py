@@ -18,7 +18,7 @@ from conftest import ROOT, of_type, offline_records, read_lines
 from sweep_service import suggest
 from wandb.wandb_agent import Agent
 
-import train_ist
+from ist.training.arguments import ARGUMENTS
 
 FILES = ("sweep.yaml", "sweep_grid.yaml")
 
@@ -32,7 +32,7 @@ def test_sweeps_are_valid(name):
     sweep = load(name)
     assert sweeps.schema_violations_from_proposed_config(copy.deepcopy(sweep)) == []
     assert sweep["metric"] == {"name": "eval/loss", "goal": "minimize"}
-    known = {key.name for group in train_ist.ARGUMENTS for key in fields(group)} | {"config"}
+    known = {key.name for group in ARGUMENTS for key in fields(group)} | {"config"}
     assert sweep["parameters"].keys() <= known
     recipe = yaml.safe_load((ROOT / sweep["parameters"]["config"]["value"]).read_text())
     assert recipe["validation_size"]

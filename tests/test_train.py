@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import train_ist
 from ist.config import UsageError
+from ist.loss import token_loss_sum
 from ist.sampler import seeded_generator
+from ist.training.arguments import ARGUMENTS
 from ist.training.command_line import parse_arguments
 from ist.training.data import GlobalBatches, encode
 from ist.training.model import plan_layers
@@ -177,7 +178,7 @@ def test_packing_is_proven_when_a_run_begins(train, tmp_path, monkeypatch):
     assert train(output_dir=tmp_path / "whole", **options) == 0
     cut_after(5, tmp_path / "whole", tmp_path / "cut")
     monkeypatch.setattr(torch, "allclose", lambda *args, **kwargs: False)
-    with pytest.raises(UsageError, match="--packing true gives this model another loss"):
+    with pytest.raises(UsageError, match="--packing true changes this model's loss"):
         train(output_dir=tmp_path / "new", **options)
     assert train(output_dir=tmp_path / "cut", resume_from_checkpoint="auto", **options) == 0
     whole, cut = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
@@ -251,7 +252,6 @@ def test_micro_batches_and_accumulation_are_the_same_step(train, tmp_path):
 
 def test_gradients_of_micro_batches_add_up(tiny, rows):
     """The same on the gradient itself, rows of unequal length: the loss is a mean over the tokens of the batch."""
-    import train_ist
     from ist.training.data import collate
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -265,7 +265,7 @@ def test_gradients_of_micro_batches_add_up(tiny, rows):
         loss = 0.0
         for part in parts:
             batch = collate([r["input_ids"] for r in part], [r["labels"] for r in part], 0)
-            micro = train_ist.token_loss_sum(model, batch) / sum(lengths)
+            micro = token_loss_sum(model, batch) / sum(lengths)
             micro.backward()
             loss += micro.item()
         return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -720,7 +720,7 @@ def test_a_method_that_starts_from_the_weights_is_planned_without_them(train, tm
 def test_what_cannot_be_sharded_is_refused(tiny, tmp_path, config, message):
     (tmp_path / "peft.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
     flags = ["--model_name_or_path", str(tiny), "--train_file", "x", "--peft_config", str(tmp_path / "peft.json")]
-    *parsed, _ = parse_arguments(train_ist.ARGUMENTS, flags, "")
+    *parsed, _ = parse_arguments(ARGUMENTS, flags, "")
     args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
     assert plan_layers(args, sharded=False)[0].n_layers == 4
     with pytest.raises(UsageError, match=message):

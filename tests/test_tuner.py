@@ -93,10 +93,10 @@ def test_frozen_layers_rest_and_nothing_but_adapters_moves():
     config = ISTConfig(trained_layers=2, update_interval=5)
     ids = torch.randint(0, 400, (4, 12))
 
-    def loss_of(_=None):
-        return torch.stack([model(input_ids=ids, labels=ids).loss * ids.numel(), torch.tensor(float(ids.numel()))])
+    def loss_of(model, batch):
+        return model(**batch).loss * ids.numel(), torch.tensor(ids.numel())
 
-    tuner = SparseTuner(model, config, loss_of)
+    tuner = SparseTuner(model, config, lambda _: [{"input_ids": ids, "labels": ids}], loss_of)
     base = {name: p.clone() for name, p in model.named_parameters() if name not in parameters}
     assert base
     ever = set()
@@ -132,11 +132,13 @@ def test_begin_step_twice_updates_once():
     model = tiny_peft()
     calls = []
 
-    def probe(step):
+    def probe_batches(step):
         calls.append(step)
-        return torch.tensor([1.0 + len(calls), 1.0])
+        return [{}]
 
-    tuner = SparseTuner(model, ISTConfig(update_interval=2), probe)
+    tuner = SparseTuner(
+        model, ISTConfig(update_interval=2), probe_batches, lambda *_: (torch.tensor(1.0 + len(calls)), torch.ones(()))
+    )
     assert tuner.begin_step(2) is not None
     assert tuner.begin_step(2) is None
     assert calls == [2, 2, 2]
@@ -173,7 +175,7 @@ def final_scores(seed: int, selection: str = "ist") -> tuple[torch.Tensor, list[
         return nn.functional.mse_loss(model(x), target)
 
     config = ISTConfig(seed=seed, selection=selection, update_interval=5, score_lr=10)
-    tuner = SparseTuner(model, config, lambda _: torch.stack([loss_of() * 64, torch.tensor(64.0)]))
+    tuner = SparseTuner(model, config, lambda _: [{}], lambda *_: (loss_of() * 64, torch.tensor(64)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0)
     for step in range(300):
         tuner.begin_step(step)

@@ -48,7 +48,8 @@ from ist.report.statistics import spearman
 from ist.report.tables import joined, publish, require_publishing
 from ist.training.command_line import brief, markdown_table, parse_arguments
 from ist.training.data import Data, collate, encode_rows, load_rows, predicted_tokens
-from ist.training.model import NO_LAYER_RESPONSE, require_fitting
+from ist.training.model import require_fitting
+from ist.training.peft_config import NO_LAYER_RESPONSE
 from ist.training.record import IMPORTANCE, environment, keep_lines, read_lines
 
 BASE, ADAPTER = "base model", "adapter"

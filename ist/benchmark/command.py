@@ -40,7 +40,8 @@ from ist.config import ISTConfig, UsageError, require
 from ist.report.tables import publish
 from ist.training.command_line import markdown_table
 from ist.training.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
-from ist.training.model import load_skeleton, make_peft_config
+from ist.training.model import load_skeleton
+from ist.training.peft_config import make_peft_config
 from ist.training.word_problems import arithmetic_rows
 
 

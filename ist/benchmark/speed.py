@@ -7,7 +7,6 @@ again with another seed, so that draws do.
 
 import contextlib
 import gc
-import importlib.util
 import io
 import json
 import os
@@ -19,14 +18,14 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import PeftModel
@@ -34,15 +33,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from ist.config import CHEAP
+from ist.config import CHEAP, UsageError
 from ist.distributed import CollectiveCounter
+from ist.loss import token_loss_sum
 from ist.report.statistics import spearman
-from ist.selection import StepwiseUnmasking
+from ist.suppression import evaluation_mode
+from ist.training.arguments import ARGUMENTS
 from ist.training.command_line import parse_arguments
 from ist.training.data import GlobalBatches, collate, micro_batches, prepare_data
-from ist.training.model import load_model, make_peft_config, plan_layers
-from ist.training.record import RunRecord, read_lines
-from ist.tuner import SparseTuner
+from ist.training.model import load_model, plan_layers
+from ist.training.observer import Observer
+from ist.training.peft_config import make_peft_config
+from ist.training.record import read_lines
+from ist.tuner import PROBES, SparseTuner
 
 WINDOW = 10  # steps: one importance update at the default interval
 ARMS: dict[str, dict] = {
@@ -60,13 +63,17 @@ ARMS: dict[str, dict] = {
 }
 
 
-def train_ist():
-    """train_ist.py, which stands beside the package and not in it."""
-    path = Path(__file__).parent.parent.parent / "train_ist.py"
-    spec = importlib.util.spec_from_file_location("train_ist", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def train_ist() -> ModuleType:
+    """train_ist.py, which stands beside the package and not in it.
+
+    Raises:
+        UsageError: it is not there: the package was installed by itself.
+    """
+    try:
+        import train_ist
+    except ImportError as error:
+        raise UsageError("this needs train_ist.py: run it in a checkout of the repository, from its folder.") from error
+    return train_ist
 
 
 def as_argv(flags: dict[str, Any]) -> list[str]:
@@ -83,55 +90,41 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-class Stopwatch:
-    """Seconds in each part of a training step, from inside train_ist.py; each part waits for the device."""
+class Stopwatch(Observer):
+    """Seconds in each part of a training step, from inside train_ist.py; each part waits for the device.
 
-    def __init__(self, steps: range) -> None:
-        """Args: steps: those that count."""
-        self.steps = steps
+    Args:
+        steps: those that count.
+        parts: tell the parts of a step apart.
+        lockstep: wait for the other arms before each step.
+    """
+
+    def __init__(self, steps: range, parts: bool, lockstep: "Lockstep | None" = None) -> None:
+        self.steps, self.parts, self.lockstep = steps, parts, lockstep
         self.seconds: dict[str, float] = defaultdict(float)
         self.on = False
 
-    def timed(self, part: str, function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            if not self.on:
-                return function(*args, **kwargs)
-            synchronize()
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            synchronize()
-            self.seconds[part] += time.perf_counter() - start
-            return result
+    def ready(self, tuner: SparseTuner, optimizer: torch.optim.Optimizer) -> None:
+        self.tuner = tuner
 
-        return call
+    def before_step(self, step: int) -> None:
+        if self.lockstep:
+            self.lockstep.wait(step)
+        self.on = self.parts and step in self.steps
 
     @contextlib.contextmanager
-    def inside(self, job) -> Iterator[None]:
-        """Watch the parts of `job`, train_ist.py as a module: those within one another are told apart below."""
-        targets = [
-            (job, "token_loss_sum", "forward"),
-            (Accelerator, "backward", "backward"),
-            (Accelerator, "clip_grad_norm_", "optimizer"),
-            (AcceleratedOptimizer, "step", "optimizer"),
-            (StepwiseUnmasking, "unmask", "optimizer"),
-            (SparseTuner, "update_importance", "probe"),
-            (RunRecord, "importance", "begin_step"),
-            (RunRecord, "metrics", "begin_step"),
-            (SparseTuner, "begin_step", "begin_step"),
-        ]
-        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
-        for owner, name, part in targets:
-            setattr(owner, name, self.timed(part, getattr(owner, name)))
-
-        def switch(step: int) -> None:
-            self.on = step in self.steps
-
-        try:
-            with before_each_step(switch):
-                yield
-        finally:
-            for owner, name, original in originals:
-                setattr(owner, name, original)
+    def part(self, name: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
+        synchronize()
+        start, probes = time.perf_counter(), self.tuner.probe_seconds
+        yield
+        synchronize()
+        probes = self.tuner.probe_seconds - probes
+        if probes:
+            self.seconds["probe"] += probes
+        self.seconds[name] += time.perf_counter() - start - probes
 
 
 class Lockstep:
@@ -194,22 +187,6 @@ class ArmProcess:
         self.process.communicate()
 
 
-@contextlib.contextmanager
-def before_each_step(function: Callable[[int], None]) -> Iterator[None]:
-    """Call `function(step)` before train_ist.py begins a step."""
-    begin_step = SparseTuner.begin_step
-
-    def begin(tuner: SparseTuner, step: int) -> dict | None:
-        function(step)
-        return begin_step(tuner, step)
-
-    SparseTuner.begin_step = begin
-    try:
-        yield
-    finally:
-        SparseTuner.begin_step = begin_step
-
-
 def _reset() -> None:
     """Accelerate keeps its state in singletons: a second run in one process starts from none."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -226,44 +203,33 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def run_ours(job, flags: dict, parts: bool, turns: Lockstep | None = None) -> dict[str, float]:
-    """Seconds per step of train_ist.py after the first window: `total`, turns apart, and with `parts` of each part."""
+def run_ours(flags: dict, parts: bool, lockstep: Lockstep | None = None) -> dict[str, float]:
+    """Seconds per step of train_ist.py after the first window: `total`, and with `parts` of each part of a step."""
     _reset()
     steps = int(flags["max_steps"])
-    watch = Stopwatch(range(WINDOW, steps - 1 if turns else steps))  # the last is no turn: after it, a run saves
+    # The last step is no turn: after it, a run saves.
+    watch = Stopwatch(range(WINDOW, steps - 1 if lockstep else steps), parts, lockstep)
     with tempfile.TemporaryDirectory() as folder:
         values = flags | {"output_dir": f"{folder}/run", "logging_steps": WINDOW, "report_to": "none"}
-        metrics = Path(folder) / "run/metrics.jsonl"
-        with contextlib.ExitStack() as stack:
-            if parts:
-                stack.enter_context(watch.inside(job))
-            if turns:
-                stack.enter_context(before_each_step(turns.wait))
-            stack.enter_context(_silent())
-            code = job.main(as_argv(values))
+        with _silent():
+            code = train_ist().main(as_argv(values), watch)
         if code:
             raise RuntimeError(f"train_ist.py ended with {code} in arm {flags}")
-        lines = [line for line in read_lines(metrics) if "loss" in line][1:]
+        lines = [line for line in read_lines(Path(folder) / "run/metrics.jsonl") if "loss" in line][1:]
         # On a CPU a process's peak is that of all arms before.
         peak = {"peak_memory_bytes": lines[-1]["peak_memory_bytes"]} if torch.cuda.is_available() else {}
     total = statistics.mean(line["step_seconds"] for line in lines)
-    seconds = {part: value / len(watch.steps) for part, value in watch.seconds.items()}
-    # The probe's forwards go through the same loss function, and begin_step holds the probe.
-    if parts:
-        seconds["begin_step"] -= seconds.get("probe", 0.0)
-        if flags.get("probe", "full") == "full":
-            seconds["forward"] -= seconds.get("probe", 0.0)
-    return {"total": total, **peak, **seconds}
+    return {"total": total, **peak} | {part: value / len(watch.steps) for part, value in watch.seconds.items()}
 
 
-def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Lockstep) -> None:
+def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, lockstep: Lockstep) -> None:
     """Plain PEFT as one would write it down: forward, backward, clip, AdamW."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0)
     stream = GlobalBatches(len(rows), args.per_device_train_batch_size, args.seed)
     device = model.device
     for step in range(args.max_steps):
-        turns.wait(step)
+        lockstep.wait(step)
         (batch,) = micro_batches(rows, stream.rows(step), args.per_device_train_batch_size, 0, 1, pad)
         batch = {key: tensor.to(device) for key, tensor in batch.items()}
         labels = nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)  # logits[:, :-1] would be a copy
@@ -276,10 +242,10 @@ def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: 
         optimizer.zero_grad(set_to_none=True)
 
 
-def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turns: Lockstep) -> None:
+def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, lockstep: Lockstep) -> None:
     class TakeTurns(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            turns.wait(state.global_step)
+            lockstep.wait(state.global_step)
 
     _reset()
     with tempfile.TemporaryDirectory() as folder, _silent():
@@ -304,29 +270,29 @@ def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, turn
         Trainer(model=model, args=training, train_dataset=rows, data_collator=pad_rows, callbacks=[TakeTurns()]).train()
 
 
-def arguments_of(job, flags: dict) -> Namespace:
+def arguments_of(flags: dict) -> Namespace:
     """The arguments of a run of train_ist.py, resolved as it does."""
     argv = as_argv(flags)
-    *groups, _ = parse_arguments(job.ARGUMENTS, argv, "")
+    *groups, _ = parse_arguments(ARGUMENTS, argv, "")
     return Namespace(**{key: value for group in groups for key, value in vars(group).items()})
 
 
 def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
     """Inside an arm's process: all its steps, in turn with the others."""
-    turns, job = Lockstep(stride), train_ist()
+    lockstep = Lockstep(stride)
     if arm not in ("bare loop", "transformers.Trainer"):
-        turns.finish(run_ours(job, flags, parts, turns))
+        lockstep.finish(run_ours(flags, parts, lockstep))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args = arguments_of(job, flags)
+    args = arguments_of(flags)
     with _silent():
         Accelerator()
         plan_layers(args, sharded=False)
         data = prepare_data(args)
         model = load_model(args, make_peft_config(args), device).to(device)
     run = run_bare if arm == "bare loop" else run_trainer
-    run(args, model, data.rows, data.pad_token_id, turns)
-    turns.finish({"peak_memory_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
+    run(args, model, data.rows, data.pad_token_id, lockstep)
+    lockstep.finish({"peak_memory_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
 
 
 def take_turns(arms: dict[str, dict], steps: int, parts: bool, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -385,8 +351,7 @@ def measure_speed(
 
 def count_flops(flags: dict) -> dict[str, float]:
     """FLOPs of the matrix products of one forward, and of its backward with all layers trained; counted, not timed."""
-    job = train_ist()
-    args = arguments_of(job, flags)
+    args = arguments_of(flags)
     _reset()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _silent():
@@ -398,7 +363,7 @@ def count_flops(flags: dict) -> dict[str, float]:
     (batch,) = micro_batches(data.rows, indices, args.per_device_train_batch_size, 0, 1, data.pad_token_id)
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
     with FlopCounterMode(display=False) as forward:
-        loss = job.token_loss_sum(model, batch)
+        loss = token_loss_sum(model, batch)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     return {
@@ -471,7 +436,7 @@ def speed_table(results: dict[str, list[dict]], tokens: int) -> list[list[str]]:
     rows = []
     for arm, runs in results.items():
         cells = []
-        for part in ("forward", "backward", "optimizer", "probe", "begin_step", "total"):
+        for part in ("forward", "backward", "optimizer", "probe", "bookkeeping", "total"):
             values = [100 * run[part] for run in runs if part in run]
             cells.append(f"{statistics.median(values):.3g}" if values else "")
         cells[-1] = spread([100 * mean for run in runs for mean in window_means(run)])
@@ -484,43 +449,53 @@ def speed_table(results: dict[str, list[dict]], tokens: int) -> list[list[str]]:
     return rows
 
 
+class ProbeComparison(Observer):
+    """At each update, the losses of every kind of probe on the candidates that are about to be compared.
+
+    Attributes:
+        updates: [{step, rewards: {probe: [N_L] sums of a layer's rewards}, seconds: {probe: seconds}}].
+    """
+
+    def __init__(self, rows: int, bf16: bool, say: Callable[[str], None]) -> None:
+        self.rows, self.bf16, self.say, self.updates = rows, bf16, say, []
+
+    def ready(self, tuner: SparseTuner, optimizer: torch.optim.Optimizer) -> None:
+        self.tuner = tuner
+
+    def first_rows(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """What a cheap probe takes: of the rows of a full one the first eighth."""
+        batch = next(iter(self.tuner.probe_batches(step)))
+        yield {key: value[: max(1, self.rows // CHEAP)] for key, value in batch.items()}
+
+    def before_step(self, step: int) -> None:
+        tuner = self.tuner
+        if not tuner.rule.due(step):
+            return
+        candidates, device = tuner.rule.candidates(step), next(tuner.model.parameters()).device
+        kept = torch.tensor([[float(i in c) for i in range(tuner.layers.n_layers)] for c in candidates])
+        record: dict[str, Any] = {"step": step, "rewards": {}, "seconds": {}}
+        for name, probe in PROBES.items():
+            batches = partial(tuner.probe_batches if name == "full" else self.first_rows, step)
+            start = time.perf_counter()
+            with evaluation_mode(tuner.model), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                sums = probe(tuner.model, tuner.layers, candidates, tuner.config.suppression, batches, tuner.loss)
+            likelihood = torch.exp(-sums[:, 0] / sums[:, 1]).cpu()
+            record["seconds"][name] = time.perf_counter() - start
+            record["rewards"][name] = ((likelihood - likelihood.mean()).float() @ kept).tolist()
+        self.updates.append(record)
+        self.say(f"update at step {step}: {json.dumps(record['seconds'])}")
+
+
 def probe_agreement(flags: dict, say: Callable[[str], None]) -> list[dict]:
     """At each update of a run of ist with the full probe: per-layer rewards of each probe, on identical candidates."""
-    job, seen = train_ist(), []
-    rows = int(flags["per_device_train_batch_size"])
-    update = SparseTuner.update_importance
-
-    def watched(tuner: SparseTuner, step: int) -> dict:
-        def first_rows(step: int) -> Iterator[dict[str, torch.Tensor]]:
-            """What a cheap probe takes: of the rows of a full one the first eighth."""
-            batch, left = next(iter(batches(step))), max(1, rows // CHEAP)
-            yield {key: value[:left] for key, value in batch.items()}
-
-        record, batches = {"step": step, "rewards": {}, "seconds": {}}, tuner.batches
-        scores, config = tuner.rule.scores.clone(), tuner.config
-        for probe in ("cheap", "gradient", "full"):  # the full one last: its scores stay
-            tuner.rule.scores = scores.clone()
-            tuner.config, tuner.batches = replace(config, probe=probe), first_rows
-            line = update(tuner, step)
-            kept = torch.tensor([[float(i in c) for i in range(len(scores))] for c in line["candidates"]])
-            record["rewards"][probe] = (torch.tensor(line["rewards"]) @ kept).tolist()
-            record["seconds"][probe] = line["probe_seconds"]
-        tuner.config, tuner.batches = config, batches
-        seen.append(record)
-        say(f"update at step {step}: {json.dumps(record['seconds'])}")
-        return line
-
-    SparseTuner.update_importance = watched
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            _reset()
-            values = flags | {"output_dir": f"{folder}/run", "report_to": "none", "selection": "ist"}
-            code = job.main(as_argv(values))
-    finally:
-        SparseTuner.update_importance = update
+    comparison = ProbeComparison(int(flags["per_device_train_batch_size"]), bool(flags.get("bf16")), say)
+    with tempfile.TemporaryDirectory() as folder:
+        _reset()
+        values = flags | {"output_dir": f"{folder}/run", "report_to": "none", "selection": "ist"}
+        code = train_ist().main(as_argv(values), comparison)
     if code:
         raise RuntimeError(f"train_ist.py ended with {code}")
-    return seen
+    return comparison.updates
 
 
 def rank_correlation(seen: list[dict], probe: str, draws: int = 2000) -> tuple[float, list[float]]:
@@ -534,31 +509,41 @@ def rank_correlation(seen: list[dict], probe: str, draws: int = 2000) -> tuple[f
     return float(np.mean(rhos)), np.percentile(means, [2.5, 97.5]).tolist()
 
 
+class Traffic(Observer):
+    """What travels at each step, and how much of the adapter trains in it."""
+
+    def __init__(self, counter: CollectiveCounter) -> None:
+        self.steps = counter.steps
+
+    def ready(self, tuner: SparseTuner, optimizer: torch.optim.Optimizer) -> None:
+        self.tuner = tuner
+
+    def before_step(self, step: int) -> None:
+        self.finish_step()
+        self.steps.append({})
+
+    def finish_step(self) -> None:
+        if self.steps:
+            trained, layers = self.tuner.trained_parameters(), self.tuner.layers
+            everything = [parameter for layer in layers.parameters for parameter in layer]
+            for name, count, parameters in (
+                ("trained layers", len(self.tuner.trained), trained),
+                ("all layers", layers.n_layers, everything),
+            ):
+                self.steps[-1][name] = [count, sum(p.numel() * p.element_size() for p in parameters)]
+
+
 def communicate(flags: dict) -> None:
     """On each rank of a launch: train, and rank 0 prints {collective: [calls, bytes] per step} as one line of JSON."""
-    job = train_ist()
-    begin_step = SparseTuner.begin_step
-    with CollectiveCounter() as traffic:
-
-        def begin(tuner: SparseTuner, step: int) -> dict | None:
-            traffic.steps.append({})
-            update = begin_step(tuner, step)
-            sizes = [parameter.numel() * parameter.element_size() for parameter in tuner.trained_parameters()]
-            traffic.steps[-1]["trained layers"] = [len(tuner.trained), sum(sizes)]
-            everything = [p.numel() * p.element_size() for layer in tuner.layers.parameters for p in layer]
-            traffic.steps[-1]["all layers"] = [tuner.layers.n_layers, sum(everything)]
-            return update
-
-        SparseTuner.begin_step = begin
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                code = job.main(as_argv(flags))
-        finally:
-            SparseTuner.begin_step = begin_step
+    with CollectiveCounter() as counter:
+        traffic = Traffic(counter)
+        with contextlib.redirect_stdout(sys.stderr):
+            code = train_ist().main(as_argv(flags), traffic)
+        traffic.finish_step()
     if code:
         raise RuntimeError(f"train_ist.py ended with {code}")
     if os.environ.get("RANK", "0") == "0":
-        print("traffic: " + json.dumps(traffic.steps))
+        print("traffic: " + json.dumps(counter.steps))
 
 
 def measure_communication(flags: dict, topology: str, ranks: int) -> tuple[list[dict], float]:
@@ -567,8 +552,8 @@ def measure_communication(flags: dict, topology: str, ranks: int) -> tuple[list[
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(root / f"accelerate_configs/{topology}.yaml"), "--num_processes", str(ranks)]
     environment = {"TOKENIZERS_PARALLELISM": "false"}
-    if torch.cuda.device_count() < ranks:  # processes on the CPU; FSDP is on there by the tests' means only
-        command += [str(root / "tests/fsdp_on_cpu.py")]
+    if torch.cuda.device_count() < ranks:  # processes on the CPU; FSDP is on there by our own means only
+        command += [str(Path(__file__).parent / "fsdp_on_cpu.py")]
         environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     else:
         command += ["-m"]
@@ -608,13 +593,13 @@ def measure_scale(flags: dict, tokenizer: Path, layers: Sequence[int], say: Call
 
     Bookkeeping is what the method adds to a loop, probes apart: draws, switching, records. One run each, one process.
     """
-    job, rows = train_ist(), []
+    rows = []
 
     def row(name: str, **settings) -> None:
-        result = run_ours(job, flags | settings, parts=True)
-        own = result["begin_step"] / result["total"]
+        result = run_ours(flags | settings, parts=True)
+        own = result["bookkeeping"] / result["total"]
         rows.append(
-            [name, f"{1e3 * result['total']:.0f}", f"{1e3 * result['probe']:.1f}", f"{1e3 * result['begin_step']:.2f}"]
+            [name, f"{1e3 * result['total']:.0f}", f"{1e3 * result['probe']:.1f}", f"{1e3 * result['bookkeeping']:.2f}"]
         )
         rows[-1].append(f"{100 * own:.2f} %")
         say(" | ".join(rows[-1]))

@@ -9,20 +9,24 @@ not taken for whole either.
 import json
 import os
 import shutil
-from argparse import Namespace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from torch.optim.lr_scheduler import LRScheduler
 
 from ist.config import UsageError
 from ist.distributed import full_tensor, like
+from ist.layers import adapter_state
 from ist.selection.packed_adamw import PackedAdamW
+from ist.training.extensions import Extension
+from ist.training.job import Job
+from ist.tuner import SparseTuner
 
 STATE = "checkpoint.json"
 FORMAT = 1  # of the files and of what checkpoint.json has; one that names no format is of the first
@@ -96,7 +100,7 @@ def _split_optimizer(
     return tensors, numbers
 
 
-def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """On the CPU and whole, where they are to be kept; one tensor under several names stays one. All ranks call it."""
     whole = {}
     for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
@@ -130,7 +134,7 @@ def save_checkpoint(
         parameters: those of the adapter that train, now or at another step, by name.
         state: JSON-ready; what `load_checkpoint` gives back.
     """
-    adapter = {name: tensor.contiguous() for name, tensor in _gathered(_once(adapter), write).items()}
+    adapter = {name: tensor.contiguous() for name, tensor in gathered(_once(adapter), write).items()}
     tensors, numbers = _split_optimizer(optimizer, parameters)
     final = output_dir / "checkpoints" / step_name(step)
     if not write:
@@ -241,80 +245,113 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"--resume_from_checkpoint: {path} cannot be read ({error}).") from error
 
 
-MODEL_CARD = """---
-base_model: {base}
-library_name: {library}
----
-{what} `{base}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
-Selection `{selection}`: {trained} of {n_layers} layers per step, {steps} steps of {batch} rows. `run.json` beside this
-folder has everything else.
+@dataclass
+class Progress:
+    """Where a run is, as the loop resumes from it; tuner, optimizer and schedule have states of their own.
 
-```python
-{loading}
-```
-"""
-
-ADAPTER_LOADING = """{registration}from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")"""
-
-MODEL_LOADING = """from transformers import AutoTokenizer, {name}
-model, tokenizer = {name}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
-
-
-def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, summary: dict, write: bool) -> Path:
-    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
-
-    `adapter` is, by name, what PEFT may look for in the model's state_dict.
+    Attributes:
+        step: finished optimizer steps.
+        tokens: of all ranks, so far.
+        loss: of the last logged step.
+        validation_loss: of the last validation.
+        best: {step, validation_loss} of the checkpoint of lowest validation loss, where the run wants it.
     """
-    final, temporary = Path(args.output_dir) / "adapter", Path(args.output_dir) / ".saving-adapter"
-    whole = _gathered(adapter, write)
-    if not write:
-        return final
-    model.save_pretrained(temporary, state_dict=whole)
-    method = model.peft_config["default"].peft_type.value
-    ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
-    loading = ADAPTER_LOADING.format(registration=ours, base=args.model_name_or_path, folder=final)
-    _write_card(temporary, args, summary, f"peft\ntags: [ist, {method}]", f"A {method} adapter for", loading)
-    publish(temporary, final)
-    return final
+
+    step: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    validation_loss: float | None = None
+    best: dict | None = None
 
 
-def save_model(model: PreTrainedModel, args: Namespace, summary: dict, write: bool) -> Path:
-    """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
+@dataclass
+class WholeAdapter:
+    """All that makes up the adapter, what trains and what does not, by name; without one, what trains."""
 
-    In float32, as weights train: what was validated is what is saved.
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+
+    def __call__(self) -> dict[str, Tensor]:
+        return adapter_state(self.model) | self.trained
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank makes one and calls it alike; the main process writes.
+
+    Args:
+        job: its configuration is kept in each checkpoint.
+        parameters: {name: parameter} of what trains, now or at another step.
+        optimizer: torch's, not Accelerate's wrapper of it.
     """
-    final, temporary = Path(args.output_dir) / "model", Path(args.output_dir) / ".saving-model"
-    whole = _gathered(model.state_dict(keep_vars=True), write)
-    if not write:
-        return final
-    wide = {id(tensor): tensor.float() if tensor.is_floating_point() else tensor for tensor in whole.values()}
-    whole = {name: wide[id(tensor)] for name, tensor in whole.items()}
-    model.save_pretrained(temporary, state_dict=whole)
-    config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
-    config.dtype = torch.float32
-    config.save_pretrained(temporary)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    tokenizer.save_pretrained(temporary)
-    # FSDP2 makes a class of its own of each that it shards, FSDP<Name>, derived from it.
-    name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
-    loading = MODEL_LOADING.format(name=name, folder=final)
-    _write_card(temporary, args, summary, "transformers\ntags: [ist]", "Fine-tuned from", loading)
-    publish(temporary, final)
-    return final
 
+    def __init__(
+        self,
+        job: Job,
+        adapter: "WholeAdapter",
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        tuner: SparseTuner,
+        extensions: Extension,
+    ) -> None:
+        self.output_dir, self.folder = job.output_dir, job.output_dir / "checkpoints"
+        self.adapter, self.parameters, self.optimizer, self.scheduler = adapter, parameters, optimizer, scheduler
+        self.tuner, self.extensions, self.configuration = tuner, extensions, job.configuration
+        self.keep = job.args.save_total_limit
+        self.write = PartialState().is_main_process
+        self.saved: int | None = None  # the step of the last one
 
-def _write_card(folder: Path, args: Namespace, summary: dict, library: str, what: str, loading: str) -> None:
-    card = MODEL_CARD.format(
-        base=args.model_name_or_path,
-        library=library,
-        what=what,
-        loading=loading,
-        selection=args.selection,
-        trained=summary["layer_counts"]["trained"],
-        n_layers=summary["layer_counts"]["n_layers"],
-        steps=summary["max_steps"],
-        batch=summary["configuration"]["global_batch_size"],
-    )
-    (folder / "README.md").write_text(card)
+    def resume(self, checkpoint: tuple[Path, dict] | None) -> Progress:
+        """Put a checkpoint's state in place, and remove what a later process has left beside it."""
+        progress = Progress()
+        if checkpoint:
+            path, state = checkpoint
+            self.extensions.load(load_adapter(path, self.adapter()), state)
+            load_optimizer(path, state["optimizer"], self.optimizer, self.parameters)
+            self.scheduler.load_state_dict(state["scheduler"])
+            for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = learning_rate
+            self.tuner.load_state_dict(state["tuner"])
+            progress = Progress(**{key.name: state.get(key.name) for key in fields(Progress)})
+            best = progress.best
+            if best and not (self.folder / step_name(best["step"])).exists():
+                if self.write:
+                    print(f"The best checkpoint so far, of step {best['step']}, is gone; looking for a new best.")
+                progress.best = None
+        if self.write:
+            sweep(self.output_dir)
+            for later in (step for step in checkpoint_steps(self.output_dir) if step > progress.step):
+                discard(self.folder / step_name(later), self.output_dir)
+        self.saved = progress.step
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        """After `progress.step` finished steps; the trained weights must be finite."""
+        self.extensions.before_save()
+        seed = self.configuration["seed"]
+        state = {
+            "configuration": self.configuration,
+            "scheduler": self.scheduler.state_dict(),
+            "tuner": self.tuner.state_dict(),
+            "data": {"next_global_batch": progress.step},
+            "rng": {"reseeded_by": ["seed", "step", "rank"], "seed": seed, "step": progress.step},
+            **asdict(progress),
+            **self.extensions.state_dict(),
+        }
+        tensors = self.adapter() | self.extensions.tensors()
+        save_checkpoint(self.output_dir, progress.step, tensors, self.parameters, self.optimizer, state, self.write)
+        self.extensions.begin_step(self.tuner.trained)
+        if self.write:
+            prune_checkpoints(self.output_dir, self.keep, progress.best["step"] if progress.best else None)
+        self.saved = progress.step
+
+    def load_best(self, step: int) -> None:
+        """Put the adapter of the checkpoint of `step` in place."""
+        PartialState().wait_for_everyone()  # until the main process has written it
+        path = self.folder / step_name(step)
+        self.extensions.load(load_adapter(path, self.adapter()), read_state(path))
+
+    def last(self) -> str:
+        """What is said of a run that has failed."""
+        steps = checkpoint_steps(self.output_dir)
+        return f"last good checkpoint: {self.folder / step_name(max(steps)) if steps else 'none'}"

@@ -31,7 +31,7 @@ from ist.training.memory import (
     storage_bytes,
     weight_tensors,
 )
-from ist.training.model import require_served
+from ist.training.peft_config import require_served
 
 
 @dataclass

@@ -252,6 +252,10 @@ class RunRecord:
             keep_lines(self.output_dir / name, lambda line, keeps=keeps: step > 0 and keeps(line))
         self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
 
+    def progress(self, **facts: Any) -> None:
+        """What run.json will say when it is next written."""
+        self.summary.update(facts)
+
     def close(self, status: str, **facts: Any) -> None:
         """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture.
 

@@ -1,4 +1,4 @@
-"""FSDP2 on CPU, for tests only.
+"""FSDP2 on CPU: for tests, and for the bytes that `communication` counts where there are no GPUs.
 
 Accelerate turns FSDP off on CPU and says nothing. Here it is set as the launcher's config asks; what runs then is
 Accelerate's and torch's own FSDP2 on gloo ranks.
@@ -25,12 +25,12 @@ def turn_on_fsdp() -> None:
     AcceleratorState.__init__ = init
 
 
-if __name__ == "__main__":  # tests/fsdp_on_cpu.py MODULE [arguments]: `python -m MODULE` with FSDP on CPU
+if __name__ == "__main__":  # fsdp_on_cpu.py MODULE [arguments]: `python -m MODULE` with FSDP on CPU
     import runpy
     import sys
     from pathlib import Path
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[0] = str(Path(__file__).parent.parent.parent)
     turn_on_fsdp()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,0 +1,225 @@
+"""The keys of train_ist.py, by group, and what no single one of them can tell of itself."""
+
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from ist.config import ISTConfig, UsageError, require
+from ist.training.command_line import parse_arguments
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "A model on the Hub or in a folder."})
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Of the base weights; adapters are float32.")
+    attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    load_in_4bit: bool = option(False, "QLoRA: base weights as 4-bit NF4 (bitsandbytes), computed in --dtype.")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    train_file: list[str] | None = option(None, "JSON, JSONL or Parquet file(s) with instruction, output or messages.")
+    dataset_name: str | None = option(None, "Instead: a dataset on the Hub or on disk (its train split).")
+    validation_file: list[str] | None = option(None, "Rows to measure validation loss on.")
+    validation_size: float = option(
+        0, "Instead: take this share (below 1) or number of training rows; the same rows whatever the seed."
+    )
+    max_length: int = option(256, "Tokens of a row; what is longer is cut.")
+    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = option(
+        "alpaca", "llm_adapters: the paper's, to the byte; chat: the tokenizer's; none: instruction + input + output."
+    )
+    completion_only_loss: bool = option(False, "Loss on the answer (all assistant turns) only.")
+    packing: bool = option(False, "Rows of a micro-batch end to end instead of padded, each attending to itself alone.")
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise UsageError("give --train_file FILE or --dataset_name NAME, and not both.")
+        if self.validation_file and self.validation_size:
+            raise UsageError("give --validation_file or --validation_size, not both.")
+        size = self.validation_size
+        whole = 0 <= size < math.inf and (size < 1 or size == int(size))
+        require(whole, "validation_size", "a fraction below 1 or a number of rows", size)
+        require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
+
+
+@dataclass
+class AdapterArguments:
+    _argument_group_name = "adapter"
+
+    peft_method: Literal["lora", "series", "parallel", "none"] = option(
+        "lora",
+        "LoRA, or a bottleneck adapter after (series) or beside (parallel) each target; none trains the model's own "
+        "weights.",
+    )
+    lora_r: int = option(32, "Rank.")
+    lora_alpha: int = option(64, "Scaling is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout on the adapter's input.")
+    target_modules: list[str] | None = option(
+        None,
+        "Names of the modules to adapt; default q, k, v, up, down or the architecture's equivalents (lora), "
+        "up, down (series), up, gate (parallel).",
+    )
+    bottleneck_size: int = option(256, "Width of series and parallel adapters.")
+    peft_config: str | None = option(
+        None, "Instead of all other adapter keys: a JSON file, any PEFT configuration as adapter_config.json has it."
+    )
+
+    def __post_init__(self) -> None:
+        if self.target_modules:
+            self.target_modules = [name for part in self.target_modules for name in part.split(",") if name]
+        require(self.lora_r >= 1, "lora_r", "1 or more", self.lora_r)
+        require(self.lora_alpha >= 1, "lora_alpha", "1 or more", self.lora_alpha)
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        require(self.bottleneck_size >= 1, "bottleneck_size", "1 or more", self.bottleneck_size)
+
+
+@dataclass
+class TrainArguments:
+    _argument_group_name = "training (names as in transformers.TrainingArguments)"
+
+    per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.")
+    learning_rate: float = option(2e-4, "Peak learning rate.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = option("linear", "Schedule after the warm-up.")
+    warmup_steps: float = option(100, "Steps of linear warm-up; below 1, a share of all steps.")
+    num_train_epochs: float = option(3.0, "Passes over the rows.")
+    max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = option(
+        "adamw_torch", "8-bit: bitsandbytes'."
+    )
+    optimizer_state: Literal["keep", "drop", "offload"] = option(
+        "keep",
+        "Moments of resting layers: drop (zero when drawn again), or offload to the CPU (but for saves).",
+    )
+    weight_decay: float = option(0.0, "AdamW's.")
+    max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
+    bf16: bool = option(False, "Mixed precision: autocast to bfloat16.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward (non-reentrant).")
+    torch_compile: bool = option(False, "Compile each layer (not the whole model: its graph changes with the draw).")
+    torch_compile_backend: str = option("inductor", "Of torch.compile.")
+
+    def __post_init__(self) -> None:
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        for key in ("learning_rate", "num_train_epochs"):
+            require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
+        if self.optimizer_state == "offload" and self.optim.endswith("8bit"):
+            raise UsageError(
+                f"--optimizer_state offload cannot move the state of --optim {self.optim}: use adamw_torch."
+            )
+        if self.optimizer_state == "drop" and self.optim == "paged_adamw_8bit":
+            raise UsageError(
+                "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
+            )
+        if self.torch_compile:
+            backends = torch._dynamo.list_backends(exclude_tags=())
+            known = self.torch_compile_backend in backends
+            require(known, "torch_compile_backend", "one of " + ", ".join(backends), self.torch_compile_backend)
+            if self.gradient_checkpointing:
+                raise UsageError(
+                    "--torch_compile true cannot be had with --gradient_checkpointing true: the recomputation inside a "
+                    "compiled layer draws random numbers, which the compiler refuses. Leave one out."
+                )
+        if self.lr_scheduler_type == "polynomial":
+            require(self.learning_rate > 1e-7, "learning_rate", "above 1e-7, where polynomial ends", self.learning_rate)
+        require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
+
+
+@dataclass
+class RunArguments:
+    _argument_group_name = "run"
+
+    output_dir: str | None = option(
+        None, "Default runs/{run_name or recipe}-{WANDB_RUN_ID or start time}; {run_id} and {seed} are filled in."
+    )
+    logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = option(None, "Steps between two validations; first and last step are always validated.")
+    save_steps: int | None = option(None, "Steps between two checkpoints.")
+    save_total_limit: int | None = option(None, "Checkpoints to keep; the best one is kept besides.")
+    load_best_model_at_end: bool = option(False, "adapter/ is the one of lowest validation loss, not the last.")
+    resume_from_checkpoint: str = option("none", "none; auto: the newest whole checkpoint, else start; or a path.")
+    report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "Tracker; the files are always written.")
+    run_name: str | None = option(None, "Default: the recipe's name.")
+    log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
+    plan: bool = option(False, "Predict the peak memory of each device, say whether it fits, and stop.")
+
+    def __post_init__(self) -> None:
+        if self.log_adapter and self.report_to != "wandb":
+            raise UsageError(f"--log_adapter true needs --report_to wandb; got {self.report_to}.")
+        for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, "1 or more", value)
+
+
+ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, ISTConfig, TrainArguments, RunArguments)
+
+
+def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Namespace, ISTConfig, str | None]:
+    """(all keys, those of the method as its config, path of the recipe).
+
+    Raises:
+        UsageError: an unknown key, a bad value, or keys that do not go together.
+    """
+    others = [key.name for key in fields(AdapterArguments) if key.name != "peft_config"]
+    *parsed, recipe = parse_arguments(ARGUMENTS, argv, description, alone=("peft_config", others))
+    ist_config = next(group for group in parsed if isinstance(group, ISTConfig))
+    args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
+    require_consistent(args)
+    return args, ist_config, recipe
+
+
+def resolve_output_dir(args: Namespace, recipe: str | None) -> None:
+    if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
+        raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
+    args.run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
+    started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
+    run_id = os.environ.get("WANDB_RUN_ID", started)
+    template = args.output_dir or f"runs/{args.run_name}-{{run_id}}"
+    args.output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
+
+
+def keep_global_batch(args: Namespace, round_size: int, batch_size: int) -> None:
+    """Set gradient_accumulation_steps so that a resumed run goes on with its global batches on these processes.
+
+    Raises:
+        UsageError: `round_size`, the rows of one micro-batch on all processes, does not divide `batch_size`.
+    """
+    if batch_size % round_size:
+        raise UsageError(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size} cannot make up the run's global batch "
+            f"of {batch_size} rows, {round_size} rows at a time. Choose another size or number of processes."
+        )
+    args.gradient_accumulation_steps = batch_size // round_size
+
+
+def require_consistent(args: Namespace) -> None:
+    """What no single argument can tell of itself."""
+    has_validation = bool(args.validation_file or args.validation_size)
+    for key in ("load_best_model_at_end", "eval_steps"):
+        if getattr(args, key) and not has_validation:
+            raise UsageError(f"--{key} needs --validation_file or --validation_size.")
+    if args.load_best_model_at_end and not args.eval_steps:
+        raise UsageError("--load_best_model_at_end needs --eval_steps.")
+    if args.selection == "id3" and args.optim != "adamw_torch":
+        raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")

@@ -1,0 +1,89 @@
+"""What a run hands on: an adapter as stock PEFT writes it, or a model as stock transformers does."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from ist.training.checkpoint import gathered, publish
+
+MODEL_CARD = """---
+base_model: {base}
+library_name: {library}
+---
+{what} `{base}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
+Selection `{selection}`: {trained} of {n_layers} layers per step, {steps} steps of {batch} rows. `run.json` beside this
+folder has everything else.
+
+```python
+{loading}
+```
+"""
+
+ADAPTER_LOADING = """{registration}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")"""
+
+MODEL_LOADING = """from transformers import AutoTokenizer, {name}
+model, tokenizer = {name}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
+
+
+def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, summary: dict, write: bool) -> Path:
+    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
+
+    `adapter` is, by name, what PEFT may look for in the model's state_dict.
+    """
+    final, temporary = Path(args.output_dir) / "adapter", Path(args.output_dir) / ".saving-adapter"
+    whole = gathered(adapter, write)
+    if not write:
+        return final
+    model.save_pretrained(temporary, state_dict=whole)
+    method = model.peft_config["default"].peft_type.value
+    ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
+    loading = ADAPTER_LOADING.format(registration=ours, base=args.model_name_or_path, folder=final)
+    _write_card(temporary, args, summary, f"peft\ntags: [ist, {method}]", f"A {method} adapter for", loading)
+    publish(temporary, final)
+    return final
+
+
+def save_model(model: PreTrainedModel, args: Namespace, summary: dict, write: bool) -> Path:
+    """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
+
+    In float32, as weights train: what was validated is what is saved.
+    """
+    final, temporary = Path(args.output_dir) / "model", Path(args.output_dir) / ".saving-model"
+    whole = gathered(model.state_dict(keep_vars=True), write)
+    if not write:
+        return final
+    wide = {id(tensor): tensor.float() if tensor.is_floating_point() else tensor for tensor in whole.values()}
+    whole = {name: wide[id(tensor)] for name, tensor in whole.items()}
+    model.save_pretrained(temporary, state_dict=whole)
+    config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
+    config.dtype = torch.float32
+    config.save_pretrained(temporary)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    tokenizer.save_pretrained(temporary)
+    # FSDP2 makes a class of its own of each that it shards, FSDP<Name>, derived from it.
+    name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
+    loading = MODEL_LOADING.format(name=name, folder=final)
+    _write_card(temporary, args, summary, "transformers\ntags: [ist]", "Fine-tuned from", loading)
+    publish(temporary, final)
+    return final
+
+
+def _write_card(folder: Path, args: Namespace, summary: dict, library: str, what: str, loading: str) -> None:
+    card = MODEL_CARD.format(
+        base=args.model_name_or_path,
+        library=library,
+        what=what,
+        loading=loading,
+        selection=args.selection,
+        trained=summary["layer_counts"]["trained"],
+        n_layers=summary["layer_counts"]["n_layers"],
+        steps=summary["max_steps"],
+        batch=summary["configuration"]["global_batch_size"],
+    )
+    (folder / "README.md").write_text(card)

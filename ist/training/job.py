@@ -1,0 +1,32 @@
+"""A run as main has checked and resolved it."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from ist.config import ISTConfig
+from ist.training.data import Data
+
+
+@dataclass
+class Job:
+    """What main has checked and resolved."""
+
+    args: Namespace
+    config: ISTConfig
+    data: Data
+    peft_config: PeftConfig | None
+    max_steps: int
+    checkpoint: tuple[Path, dict] | None
+    configuration: dict[str, Any]  # as run.json holds it
+
+    @property
+    def batch_size(self) -> int:
+        return self.configuration["global_batch_size"]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)

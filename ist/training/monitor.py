@@ -1,0 +1,196 @@
+"""What a run says and does after a step: a line of metrics.jsonl, a validation, a checkpoint, each when it is due."""
+
+import math
+import os
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ist.distributed import (
+    all_finite,
+    full_tensor,
+    reduce_sum,
+)
+from ist.training.checkpoint import Checkpoints, Progress
+from ist.training.extensions import Extension
+from ist.training.job import Job
+from ist.training.objective import Objective
+from ist.training.observer import Observer, StepClock
+from ist.training.record import (
+    RunRecord,
+    peak_memory_bytes,
+)
+from ist.tuner import SparseTuner
+
+
+class ProgressBar:
+    """A bar on a terminal, lines elsewhere; of the main process."""
+
+    def __init__(self, accelerator: Accelerator, total: int, done: int) -> None:
+        quiet = not (accelerator.is_main_process and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=quiet)
+        self.say = accelerator.print if quiet else self._bar.write
+        self.update, self.close = self._bar.update, self._bar.close
+
+
+class Monitor:
+    """What comes after a step: its line of metrics.jsonl, a validation, a checkpoint, each when it is due."""
+
+    def __init__(
+        self,
+        job: Job,
+        accelerator: Accelerator,
+        objective: Objective,
+        record: RunRecord,
+        checkpoints: Checkpoints,
+        parameters: dict[str, nn.Parameter],
+        bar: ProgressBar,
+        observer: Observer,
+    ) -> None:
+        self.job, self.accelerator, self.objective, self.record = job, accelerator, objective, record
+        self.checkpoints, self.parameters, self.bar, self.observer = checkpoints, parameters, bar, observer
+
+    def after_step(
+        self,
+        progress: Progress,
+        loss: Tensor,
+        grad_norm: Tensor,
+        values: dict[str, Any],
+        tokens: int,
+        clock: StepClock,
+    ) -> None:
+        """
+        Args:
+            progress: the step is counted in it already.
+            loss: this rank's part of the global batch's.
+            grad_norm: sharded or not.
+            values: more for the step's line of metrics.jsonl.
+            tokens: of the global batch.
+
+        Raises:
+            FloatingPointError: loss, gradient norm, or what is to be saved is not finite.
+        """
+        tuner = self.checkpoints.tuner
+        args, step, last = self.job.args, progress.step, progress.step == self.job.max_steps
+        self.bar.update()
+        logged = step % args.logging_steps == 0 or last
+        numbers: tuple[float, float] | None = None
+        if logged:
+            numbers = self.reduce_and_check(progress, loss, grad_norm)
+        clock.stop(tokens)
+        self.record.progress(steps=step, trained_counts=tuner.trained_counts)
+        if logged:
+            progress.loss = numbers[0]
+            line = {
+                "step": step,
+                "epoch": step * self.job.batch_size / len(self.job.data.rows),
+                "loss": numbers[0],
+                "grad_norm": numbers[1],
+                "tokens": progress.tokens,
+                "trained_layers": tuner.trained,
+                **values,
+                **clock.window(),
+                "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            }
+            with self.observer.part("bookkeeping"):
+                self.record.metrics(line)
+            self.bar.say(
+                f"step {step}/{self.job.max_steps}  loss {numbers[0]:.4f}  lr {values['learning_rate']:.2e}  "
+                f"{line['step_seconds']:.2f} s/step"
+            )
+        self._validate_and_save(progress, numbers, loss, grad_norm)
+
+    def _validate_and_save(
+        self, progress: Progress, numbers: tuple[float, float] | None, loss: Tensor, grad_norm: Tensor
+    ) -> None:
+        """`numbers`: loss and gradient norm, where they are known already."""
+        args, step, last = self.job.args, progress.step, progress.step == self.job.max_steps
+        improved = False
+        if self.job.data.validation and (last or (args.eval_steps and step % args.eval_steps == 0)):
+            self.validate(progress)
+            best = progress.best
+            improved = args.load_best_model_at_end and (
+                best is None or progress.validation_loss < best["validation_loss"]
+            )
+            if improved:
+                progress.best = {"step": step, "validation_loss": progress.validation_loss}
+        if improved or (args.save_steps and step % args.save_steps == 0):
+            if numbers is None:
+                self.reduce_and_check(progress, loss, grad_norm)
+            self.save(progress)
+
+    def reduce_and_check(self, progress: Progress, loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
+        """The step's loss and gradient norm as numbers, the same on every rank; waits for the device.
+
+        Raises:
+            FloatingPointError: one of them is not finite.
+        """
+        numbers = reduce_sum(loss.double()).item(), full_tensor(grad_norm).item()
+        if not all(map(math.isfinite, numbers)):
+            what = f"loss {numbers[0]}, grad_norm {numbers[1]} at step {progress.step}"
+            raise FloatingPointError(f"{what}; {self.checkpoints.last()}")
+        return numbers
+
+    def require_finite(self, progress: Progress) -> None:
+        if not all_finite(self.parameters.values(), self.accelerator.device):
+            what = f"a trained weight is not finite after step {progress.step}"
+            raise FloatingPointError(f"{what}; {self.checkpoints.last()}")
+
+    def save(self, progress: Progress) -> None:
+        self.require_finite(progress)
+        self.checkpoints.save(progress)
+
+    def validate(self, progress: Progress) -> None:
+        with self.observer.evaluating():
+            loss = self.objective.validation_loss()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss {loss} at step {progress.step}; {self.checkpoints.last()}")
+        epoch = progress.step * self.job.batch_size / len(self.job.data.rows)
+        self.record.validation({"step": progress.step, "epoch": epoch, "validation_loss": loss})
+        self.bar.say(f"step {progress.step}/{self.job.max_steps}  validation loss {loss:.4f}")
+        progress.validation_loss = loss
+
+
+def announce(
+    job: Job,
+    accelerator: Accelerator,
+    tuner: SparseTuner,
+    extensions: Extension,
+    parameters: dict[str, nn.Parameter],
+    done: int,
+    semantic: dict | None,
+    warmup: int,
+) -> None:
+    """What a run says of itself at its start."""
+    args, max_steps, data = job.args, job.max_steps, job.data
+    n_layers, n_trained, _ = tuner.rule.counts
+    device, world_size = accelerator.device, accelerator.num_processes
+    lines = [
+        f"{args.model_name_or_path}: {n_layers} layers, {n_trained} trained per step (selection {args.selection}), "
+        f"{sum(p.numel() for p in parameters.values()):,} {'adapter' if job.peft_config else 'trainable'} parameters, "
+        f"on {device.type}, {args.attn_implementation} attention",
+        f"{len(data.rows)} training rows ({data.dropped} dropped: nothing of their answer within --max_length), "
+        f"{len(data.validation or ())} validation rows; steps {done} to {max_steps} of {job.batch_size} rows",
+        f"run folder: {job.output_dir}",
+    ]
+    if device.type == "cpu" and torch.get_num_threads() * world_size < (os.cpu_count() or 1):
+        lines.append(f"using {torch.get_num_threads()} of {os.cpu_count()} CPU cores; OMP_NUM_THREADS sets it")
+    if semantic:
+        boundary, gains = semantic["boundary"], semantic["gains"]
+        lines.append(
+            f"Layers up to {boundary} are frozen for good; gains are {min(gains):.3f} to {max(gains):.3f}, that of the "
+            "boundary " + (f"{gains[boundary]:.3f}" if boundary >= 0 else "none: no layer is")
+        )
+    lines += extensions.messages(max_steps)
+    if tuner.layers.outside and args.selection != "id3":
+        names = ", ".join(tuner.layers.outside[:5]) + (", …" if len(tuner.layers.outside) > 5 else "")
+        lines.append(f"In no layer, or shared by several, so trained at every step: {names}")
+        if args.selection in ("last", "semantic", "semantic+ist"):
+            lines.append("What these need of the layers below the trained ones is kept for the backward as well.")
+    if warmup >= max_steps:
+        lines.append(f"All {max_steps} steps are within the warm-up of {warmup}; --warmup_steps sets it.")
+    accelerator.print("\n".join(lines))

@@ -1,0 +1,141 @@
+"""What a step minimises: the batches of a run, their loss, and its gradient, the same on any number of ranks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ist.config import ISTConfig, UsageError
+from ist.distributed import GradientReducer, reduce_sum
+from ist.loss import token_loss_sum, total_loss
+from ist.sampler import seeded_generator
+from ist.suppression import evaluation_mode
+from ist.training.data import Data, GlobalBatches, micro_batches, predicted_tokens, probe_rows
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class GlobalBatch:
+    """The rows of one optimizer step: this rank's micro-batches; tokens, and predicted tokens, of all ranks."""
+
+    micro_batches: list[Batch]
+    tokens: int
+    predicted: int
+
+
+class Objective:
+    """Batches, loss and backward of a run.
+
+    Args:
+        model: prepared by Accelerate; losses go through it unwrapped.
+        parameters: all that ever trains.
+        args: resolved arguments of the run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        data: Data,
+        args: Any,
+        config: ISTConfig,
+        batch_size: int,
+    ) -> None:
+        self.accelerator, self.model, self.data, self.args, self.config = accelerator, model, data, args, config
+        self.unwrapped = accelerator.unwrap_model(model)
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self._lengths = [len(ids) for ids in data.rows["input_ids"]]
+        self._predicted = [predicted_tokens(labels) for labels in data.rows["labels"]]
+        self._stream = GlobalBatches(len(data.rows), batch_size, config.seed)
+        self._reducer = GradientReducer(() if self.sharded else parameters)
+
+    def batches(
+        self, rows: Dataset, indices: Sequence[int], tokens: int | None = None, packing: bool | None = None
+    ) -> Iterator[Batch]:
+        """This rank's share of `indices`, in micro-batches on its device; of each row the last `tokens`."""
+        ranks = (self.accelerator.process_index, self.accelerator.num_processes)
+        packing = self.args.packing if packing is None else packing
+        size, pad = self.args.per_device_train_batch_size, self.data.pad_token_id
+        for batch in micro_batches(rows, indices, size, *ranks, pad, tokens, packing):
+            yield {key: tensor.to(self.accelerator.device) for key, tensor in batch.items()}
+
+    def loss_over(self, rows: Dataset, indices: Sequence[int], *options: Any) -> Tensor:
+        """[2] float64: (sum of token losses, predicted tokens) over this rank's share of `indices`."""
+        with self.accelerator.autocast():
+            return total_loss(self.unwrapped, self.batches(rows, indices, *options))
+
+    def probe_batches(self, step: int | str) -> Iterator[Batch]:
+        """Of the importance update of `step`, or of "calibration"."""
+        calibration = step == "calibration"
+        count = self.config.semantic_rows if calibration else self.args.probe_batch_size
+        indices = probe_rows(len(self.data.rows), count, self.config.seed, step)
+        return self.batches(self.data.rows, indices, None if calibration else self.args.probe_max_length)
+
+    def validation_loss(self) -> float:
+        with evaluation_mode(self.unwrapped):
+            rows = self.data.validation
+            loss_sum, count = reduce_sum(self.loss_over(rows, range(len(rows))))
+        return (loss_sum / count).item()
+
+    def global_batch(self, step: int) -> GlobalBatch:
+        """Every rank knows the whole batch, so it can divide by the batch's predicted tokens without asking."""
+        indices = self._stream.rows(step)
+        tokens, predicted = (sum(counts[i] for i in indices) for counts in (self._lengths, self._predicted))
+        return GlobalBatch(list(self.batches(self.data.rows, indices)), tokens, predicted)
+
+    def seed_dropout(self, step: int) -> None:
+        generator = seeded_generator(self.config.seed, step, self.accelerator.process_index, "dropout")
+        torch.manual_seed(generator.initial_seed())
+
+    def forward(self, batch: Batch, predicted: int) -> Tensor:
+        """A micro-batch's part of the mean over the global batch's `predicted` tokens."""
+        with self.accelerator.autocast():
+            return token_loss_sum(self.unwrapped, batch) / predicted
+
+    def backward(self, loss: Tensor, last: bool, buckets: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Of the `last` micro-batch the gradients are sent as they come, by bucket in the order of the backward."""
+        if last and not self.sharded:
+            self._reducer.begin(buckets)
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            # FSDP takes the mean over ranks.
+            self.accelerator.backward(loss * (self.accelerator.num_processes if self.sharded else 1))
+
+    def reduce(self) -> None:
+        """Now every gradient is the sum over ranks."""
+        self._reducer.finish()
+
+    def first_forward(self) -> None:
+        """FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all."""
+        if self.sharded:
+            with evaluation_mode(self.unwrapped):
+                self.loss_over(self.data.rows, [0])
+
+    def require_packing_alike(self, batch_size: int) -> None:
+        """Prove that the model gives packed rows the loss that they have one by one.
+
+        When a run begins: what is trained since rounds further apart in bfloat16, and no longer tells a leak.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if not self.args.packing:
+            return
+        rows = range(min(len(self.data.rows), batch_size))
+        with evaluation_mode(self.unwrapped):
+            packed, unpacked = (
+                reduce_sum(self.loss_over(self.data.rows, rows, None, packing)) for packing in (True, False)
+            )
+        coarse = self.args.bf16 or self.args.dtype == "bfloat16"
+        if not torch.allclose(packed, unpacked, rtol=5e-3 if coarse else 1e-4):
+            raise UsageError(
+                f"--packing true changes this model's loss (packed {packed[0] / packed[1]:.5f}, unpacked "
+                f"{unpacked[0] / unpacked[1]:.5f}): attention or state leaks between examples. Set --packing false."
+            )
