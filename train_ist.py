@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import get_scheduler
 
-from ist.config import ISTConfig, UsageError
+from ist.config import ISTConfig
 from ist.distributed import (
     StopAgreement,
     require_launcher,
@@ -33,7 +33,7 @@ from ist.distributed import (
 from ist.selection import StepwiseUnmasking, make_rule
 from ist.training.arguments import keep_global_batch, parse_training_arguments, resolve_output_dir
 from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint
-from ist.training.command_line import brief, run_command
+from ist.training.command_line import UsageError, brief, command, run_command
 from ist.training.data import Data, prepare_data
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
@@ -58,6 +58,7 @@ from ist.tuner import SparseTuner
 # ------------------------------------------------------------------------------------------------------ what is checked
 
 
+@command
 def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     args, config, recipe = parse_training_arguments(argv, __doc__.split("\n")[0])
     if not args.plan:

@@ -52,7 +52,9 @@ class ISTCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: ISTConfig | Mapping[str, Any] | None = None) -> None:
-        self.config = config if isinstance(config, ISTConfig) else ISTConfig(**(config or {}))
+        if not isinstance(config, ISTConfig):  # a checkpoint of an earlier version has None for keys of other rules
+            config = ISTConfig(**{key: value for key, value in (config or {}).items() if value is not None})
+        self.config = config
         self.tuner: SparseTuner | None = None
         self.restored: dict | None = None  # the tuner's state, where the Trainer restored this callback itself
 

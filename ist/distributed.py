@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ist.config import UsageError
+from ist.config import ConfigError
 
 
 def _active() -> bool:
@@ -22,7 +22,7 @@ def require_launcher() -> None:
     """Refuse what Accelerator would fail at in its own words, or accept: DeepSpeed, and FSDP1's flat parameters.
 
     Raises:
-        UsageError: naming the config to use instead.
+        ConfigError: naming the config to use instead.
     """
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     for asked, what in (
@@ -30,7 +30,7 @@ def require_launcher() -> None:
         (fsdp and os.environ.get("FSDP_VERSION", "1") == "1", "fsdp_version 1"),
     ):
         if asked:
-            raise UsageError(
+            raise ConfigError(
                 f"{what} cannot train a different set of layers at each step: launch with "
                 "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
             )
@@ -40,28 +40,28 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
     """Refuse what per-step freezing cannot be served by, and FSDP that was asked for but is not on.
 
     Raises:
-        UsageError: naming the config to use instead.
+        ConfigError: naming the config to use instead.
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-            raise UsageError("fsdp_offload_params is not supported: set it to false, or use --load_in_4bit true.")
+            raise ConfigError("fsdp_offload_params is not supported: set it to false, or use `load_in_4bit=true`.")
         if accelerator.state.fsdp_plugin.reshard_after_forward is False:
-            raise UsageError(
+            raise ConfigError(
                 "fsdp_reshard_after_forward false would train resting layers after each probe: set it to true."
             )
         if optim not in ("adamw_torch", "adamw_torch_fused"):
-            raise UsageError(
-                f"--optim {optim} cannot update sharded parameters: use adamw_torch, or launch with "
+            raise ConfigError(
+                f"`optim={optim}` cannot update sharded parameters: use adamw_torch, or launch with "
                 "accelerate_configs/ddp.yaml."
             )
     elif kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UsageError(
+        raise ConfigError(
             f"distributed_type {kind.value} cannot train a different set of layers at each step: launch with "
             "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
         )
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UsageError(
+        raise ConfigError(
             f"FSDP was asked for, but Accelerate runs {kind.value} (it has no FSDP on {accelerator.device.type}): "
             "launch with accelerate_configs/ddp.yaml, or on GPUs."
         )

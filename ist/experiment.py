@@ -35,11 +35,11 @@ from accelerate import Accelerator
 from scipy import stats
 
 from ist.benchmark.speed import WINDOW, arguments_of, as_argv, ratio_of, take_turns
-from ist.config import ISTConfig, UsageError, require
+from ist.config import ISTConfig
 from ist.evaluate.command import task_name
 from ist.report.figures import plot_arms
 from ist.report.tables import joined, listed, publish, require_publishing
-from ist.training.command_line import brief, markdown_table, parse_arguments, run_command
+from ist.training.command_line import UsageError, brief, command, markdown_table, parse_arguments, require, run_command
 from ist.training.data import load_rows
 from ist.training.figures import plot_importance_panels
 from ist.training.memory import SavedByLayer, counting
@@ -838,6 +838,7 @@ def run_arms(runner: Runner, known: dict[str, Any], facts: dict[str, Any], path:
     return results
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     args, _ = parse_arguments([ExperimentArguments], argv, __doc__.split("\n")[0])
     known = read_known(args.known)

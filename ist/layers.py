@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ist.config import UsageError
+from ist.config import ConfigError
 
 # The paper's targets (Table 9), and what carries those roles under other names (fused, or of older architectures).
 ATTENTION = (
@@ -75,12 +75,13 @@ def _chosen_lists(model: nn.Module, lists: set[str], stack: str) -> list[str]:
     in_decoder = [path for path in sorted(lists) if _within(decoder, model, path)]
     in_encoder = [path for path in sorted(lists) if encoder is not base and _within(encoder, model, path)]
     if stack != "decoder" and encoder is base:
-        raise UsageError(f"--layer_stack {stack}: the model has no encoder.")
+        raise ConfigError(f"`layer_stack={stack}`: the model has no encoder.", "layer_stack")
     chosen = {"decoder": [in_decoder], "encoder": [in_encoder], "both": [in_encoder, in_decoder]}[stack]
     if any(len(paths) != 1 for paths in chosen):
-        raise UsageError(
-            f"--layer_stack {stack} asks for one list of layers with adapters in each stack; they sit in "
-            f"{', '.join(sorted(lists))}. Choose another stack, or --target_modules in one list."
+        raise ConfigError(
+            f"`layer_stack={stack}` asks for one list of layers with adapters in each stack; they sit in "
+            f"{', '.join(sorted(lists))}. Choose another stack, or `target_modules` in one list.",
+            "layer_stack",
         )
     return [paths[0] for paths in chosen]
 
@@ -107,7 +108,7 @@ class LayerMap:
         n_scalars: entries of all trainable parameters together.
 
     Raises:
-        UsageError: no adapter module sits inside a list of layers, or in more than one list of a stack; or a layer
+        ConfigError: no adapter module sits inside a list of layers, or in more than one list of a stack; or a layer
             has no trainable parameters of its own.
     """
 
@@ -130,10 +131,10 @@ class LayerMap:
             tuners = {key: [] for key in deep} if deep and stack == "decoder" else tuners
         lists = {path for path, _ in tuners}
         if not lists:
-            raise UsageError(
+            raise ConfigError(
                 f"the model has no layer list: no {'parameter that trains' if plain else 'adapter module'} sits inside "
                 "a torch.nn.ModuleList of decoder layers, so there is nothing to choose layers from. Check "
-                "--target_modules and the model's architecture."
+                "`target_modules` and the model's architecture."
             )
         chosen = _chosen_lists(model, lists, stack)
         keys = sorted((key for key in tuners if key[0] in chosen), key=lambda key: (chosen.index(key[0]), key[1]))
@@ -163,9 +164,9 @@ class LayerMap:
                     self.shared.append(first_name[parameter])
         self.n_scalars = sum(parameter.numel() for parameter in owners)
         if not all(self.parameters) and not self.shared:
-            raise UsageError("some layers are frozen: let all of them train before layers are chosen.")
+            raise ConfigError("some layers are frozen: let all of them train before layers are chosen.")
         if not all(self.parameters):
-            raise UsageError(
+            raise ConfigError(
                 "the adapter's trainable parameters are shared between layers and some layer has none of its own, so "
                 "no layer can rest while another trains. Use another method."
             )

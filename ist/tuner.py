@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ist import distributed, probe
-from ist.config import ISTConfig, UsageError
+from ist.config import ConfigError, ISTConfig
 from ist.layers import LayerMap
 from ist.loss import Loss, token_loss
 from ist.selection import CalibratedRule, make_rule
@@ -40,7 +40,7 @@ class SparseTuner:
         loss: (model, batch) -> (sum of token losses, number of predicted tokens).
 
     Raises:
-        UsageError: the rule's keys do not fit the model's layers, or it suppresses responses and there are none.
+        ConfigError: the rule's keys do not fit the model's layers, or it suppresses responses and there are none.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class SparseTuner:
         self.layers = LayerMap(model, config.layer_stack)
         self.rule = make_rule(self.layers.n_layers, config)
         if config.suppresses and not any(self.layers.modules):
-            raise UsageError(f"--selection {config.selection} suppresses adapters, and the model has none.")
+            raise ConfigError(
+                f"`selection={config.selection}` suppresses adapters, and the model has none.", "selection"
+            )
         self.trained: list[int] = list(range(self.layers.n_layers))
         self.trained_counts = [0] * self.layers.n_layers
         self.probe_seconds = 0.0

@@ -36,11 +36,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ist.config import UsageError
 from ist.layers import LayerMap
 from ist.report import tables as report
 from ist.suppression import evaluation_mode, suppress
-from ist.training.command_line import brief
+from ist.training.command_line import UsageError, brief
 from ist.tuner import SparseTuner
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

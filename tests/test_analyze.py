@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from ist.analyze import command as analyze
 from ist.analyze.ablation import AblationLoss, Tokens, ablate_greedily
 from ist.analyze.command import agreement, agreement_table, compare_importance, greedy_order, main
-from ist.config import ISTConfig, UsageError
+from ist.config import ISTConfig
 from ist.layers import ATTENTION, default_target_modules
-from ist.training.command_line import parse_arguments
+from ist.training.command_line import UsageError, parse_arguments
 from ist.training.data import collate, make_prompt
 
 N_LAYERS, PLANTED = 4, 1

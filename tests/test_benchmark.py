@@ -10,7 +10,7 @@ import pytest
 
 from ist.benchmark import command as benchmark
 from ist.benchmark import speed
-from ist.config import UsageError
+from ist.training.command_line import UsageError
 from ist.tuner import PROBES
 
 

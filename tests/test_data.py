@@ -8,8 +8,8 @@ from conftest import CHAT_TEMPLATE, make_tiny, read_lines, tiny_config
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from ist.config import UsageError
 from ist.loss import token_loss_sum
+from ist.training.command_line import UsageError
 from ist.training.data import (
     IGNORE,
     GlobalBatches,

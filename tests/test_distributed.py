@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, read_lines
 from safetensors.torch import load_file
 
-from ist.config import UsageError
+from ist.training.command_line import UsageError
 
 STEPS = 30
 CONFIGS = {"one": "single.yaml", "ddp": "ddp.yaml", "fsdp": "fsdp2.yaml"}

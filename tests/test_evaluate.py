@@ -16,7 +16,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from ist.config import UsageError
 from ist.evaluate.command import (
     LABELS,
     answers_of,
@@ -28,6 +27,7 @@ from ist.evaluate.command import (
     wilson,
 )
 from ist.evaluate.command import task_name as name_of
+from ist.training.command_line import UsageError
 from ist.training.data import make_prompt
 from ist.training.word_problems import arithmetic_rows
 

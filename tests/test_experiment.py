@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import train_ist
 from ist import experiment
-from ist.config import UsageError
 from ist.evaluate import command as evaluate
 from ist.loss import token_loss_sum
+from ist.training.command_line import UsageError
 from ist.training.data import collate
 from ist.training.word_problems import arithmetic_rows
 

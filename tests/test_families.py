@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from dataclasses import asdict
 
 import families
 import pytest
@@ -17,11 +16,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from ist import ISTConfig
-from ist.config import UsageError
+from ist.config import ConfigError
 from ist.layers import LayerMap, default_target_modules, outside_decoder
-from ist.training.arguments import ARGUMENTS, require_consistent
-from ist.training.command_line import parse_arguments
+from ist.training.arguments import parse_training_arguments
 from ist.training.model import free_base_weights, plan_layers
 from ist.training.peft_config import make_peft_config
 
@@ -69,11 +66,11 @@ def test_the_user_chooses_the_stack_of_an_encoder_decoder():
         # q, k, v of self-attention and fc1, fc2; the decoder's cross-attention has q, k, v as well
         assert {len(modules) for modules in layers.modules} == {"decoder": {8}, "encoder": {5}, "both": {5, 8}}[stack]
     causal = get_peft_model(llava().model.language_model, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(UsageError, match="--layer_stack encoder: the model has no encoder"):
+    with pytest.raises(ConfigError, match="`layer_stack=encoder`: the model has no encoder"):
         LayerMap(causal, "encoder")
     in_encoder = LoraConfig(r=2, target_modules=r".*\.encoder\..*q_proj")
     in_encoder = get_peft_model(BartForConditionalGeneration(config), in_encoder)
-    with pytest.raises(UsageError, match="--layer_stack decoder asks for one list"):
+    with pytest.raises(ConfigError, match="`layer_stack=decoder` asks for one list"):
         LayerMap(in_encoder)
     assert LayerMap(in_encoder, "encoder").n_layers == 2
 
@@ -111,9 +108,7 @@ def test_recipe(name, tmp_path, monkeypatch):
     """It parses, every module that it names is there, and its layer counts are the paper's."""
     monkeypatch.chdir(families.ROOT)
     recipe = f"launch/recipes/{name}.yaml"
-    *parsed, _ = parse_arguments(ARGUMENTS, ["--config", recipe], "")
-    args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
-    require_consistent(args)
+    args, config, _ = parse_training_arguments(["--config", recipe], "")
     family, n_layers = TWINS[args.model_name_or_path]
     config_class, values = families.FAMILIES[family]
     depth = "num_hidden_layers" if "num_hidden_layers" in values else "n_layer"
@@ -121,7 +116,6 @@ def test_recipe(name, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     args.model_name_or_path = str(tmp_path)
     layers, _, _ = plan_layers(args, sharded=False)
-    config = next(group for group in parsed if isinstance(group, ISTConfig))
     assert config.counts(layers.n_layers) == RECIPES[name]
     targets = make_peft_config(args, 31_932).target_modules
     for modules in layers.modules:

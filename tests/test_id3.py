@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ist import ISTConfig, SparseTuner
 from ist.adapters import ParallelConfig, SeriesConfig
-from ist.config import UsageError
 from ist.selection import StepwiseUnmasking, id3
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training import model as training_model
+from ist.training.command_line import UsageError
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 ADAPTERS = {

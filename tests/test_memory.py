@@ -18,11 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, GPT2Config, LlamaForCausalLM
 
 from ist.benchmark import command as benchmark
-from ist.config import ISTConfig, UsageError
+from ist.config import ISTConfig
 from ist.distributed import local_tensor
 from ist.loss import token_loss_sum
 from ist.training import memory, plan
 from ist.training import model as training_model
+from ist.training.command_line import UsageError
 from ist.training.memory import (
     SavedByLayer,
     StepCounter,

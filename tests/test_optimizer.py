@@ -5,8 +5,8 @@ import torch
 from conftest import read_lines
 from safetensors.torch import load_file
 
-from ist.config import UsageError
 from ist.training import extensions
+from ist.training.command_line import UsageError
 
 
 def adapter(run):

@@ -15,9 +15,9 @@ from cluster import until
 from conftest import ROOT, of_type, offline_records, read_lines
 from matplotlib.image import imread
 
-from ist.config import UsageError
 from ist.report.compare import compare, main, read_results
 from ist.training import figures as report
+from ist.training.command_line import UsageError
 from ist.training.record import draw_importance
 
 

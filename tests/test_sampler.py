@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ist import ImportanceSampler, ISTConfig
-from ist.config import UsageError
+from ist.config import ConfigError
 
 SCORES = {
     "zero": [0.0] * 6,
@@ -184,7 +184,7 @@ def test_layer_counts():
     assert ISTConfig(trained_layers=0.01).counts(4).trained == 1
     assert ISTConfig(score_rule="released").counts(30) == (30, 7, 15)  # the authors' code floors
     for value in ("1.0", 1.0, "0", 0, "-1", "2.5", "half", "nan"):
-        with pytest.raises(UsageError, match="trained_layers"):
+        with pytest.raises(ConfigError, match="trained_layers"):
             ISTConfig(trained_layers=value)
-    with pytest.raises(UsageError, match=r"from 1 to 32.*got 40"):
+    with pytest.raises(ConfigError, match=r"from 1 to 32.*got 40"):
         ISTConfig(trained_layers=40).counts(32)

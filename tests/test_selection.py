@@ -16,12 +16,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from ist import ImportanceSampler, ISTConfig, SparseTuner
-from ist.config import UsageError
+from ist.config import ConfigError
 from ist.layers import LayerMap, drop_input_grad_hooks
 from ist.selection import FixedLayers, LisaSampler, SemanticFreezing, make_rule
 from ist.selection.semantic import SemanticBases, choose_boundary, layer_gains, measure_deviations
 from ist.training import model as training_model
 from ist.training import objective
+from ist.training.command_line import UsageError
 
 # ------------------------------------------------------------------------------------------- on each topology
 
@@ -174,7 +175,7 @@ def test_fixed_first_and_last():
     assert layers(12, selection="fixed", fixed_layers=["7", "0,3"]) == [0, 3, 7]
     assert layers(12, selection="fixed", fixed_layers=[1]) == [1]
     assert layers(12, selection="fixed", fixed_layers="10") == layers(12, selection="fixed", fixed_layers=10) == [10]
-    with pytest.raises(UsageError, match="layer numbers"):
+    with pytest.raises(ConfigError, match="layer numbers"):
         ISTConfig(selection="fixed", fixed_layers="²")
     assert layers(12, selection="fixed") == [2, 6, 10]
     assert layers(30, selection="fixed", trained_layers=8) == [1, 5, 9, 13, 16, 20, 24, 28]
@@ -379,7 +380,7 @@ def test_the_pass_is_without_dropout_and_leaves_no_hooks(monkeypatch):
         measure_deviations(model, model.model.layers, some_batches())
     batch = {**some_batches(1)[0]}
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    with pytest.raises(UsageError, match="no token is to be predicted"):
+    with pytest.raises(ConfigError, match="no token is to be predicted"):
         measure_deviations(random_llama(), model.model.layers, [batch])
 
 
@@ -389,7 +390,7 @@ def test_what_cannot_be_compared_is_refused(train, tmp_path, rows):
     OPTForCausalLM(OPTConfig(num_attention_heads=4, **options)).save_pretrained(folder)
     with pytest.raises(UsageError, match=r"hidden states \(of size 32\) with rows of the LM head \(of size 16\)"):
         train(selection="semantic", model_name_or_path=folder)
-    with pytest.raises(UsageError, match="suppresses adapters, and the model has none"):
+    with pytest.raises(ConfigError, match="suppresses adapters, and the model has none"):
         SparseTuner(random_llama(), ISTConfig())
 
 
@@ -421,7 +422,7 @@ def test_floor_and_budget_move_the_boundary():
     assert choose_boundary([1, 5], [0, 0], floor=1, most=None) == -1
     assert boundary(semantic_budget=0.3) == 5
     assert make_rule(100, ISTConfig(selection="semantic", semantic_budget=0.29))._most == 29  # 28.999999999999996
-    with pytest.raises(UsageError, match="leaves nothing to train"):
+    with pytest.raises(ConfigError, match="leaves nothing to train"):
         make_rule(8, ISTConfig(selection="semantic", semantic_budget=0.3, min_trained_layers=3))
 
 

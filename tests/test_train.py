@@ -21,11 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from ist.config import UsageError
 from ist.loss import token_loss_sum
 from ist.sampler import seeded_generator
 from ist.training.arguments import ARGUMENTS
-from ist.training.command_line import parse_arguments
+from ist.training.command_line import UsageError, parse_arguments
 from ist.training.data import GlobalBatches, encode
 from ist.training.model import plan_layers
 

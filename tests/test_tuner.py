@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from ist import ISTConfig, SparseTuner
-from ist.config import UsageError
+from ist.config import ConfigError
 from ist.layers import LayerMap, adapter_state, default_target_modules, drop_input_grad_hooks
 
 
@@ -51,7 +51,7 @@ def test_what_layers_share_belongs_to_none_of_them():
     assert len(layers.shared) == 1
     assert "vector_bank" in layers.shared[0]
     unilora = UniLoraConfig(r=2, target_modules=["q_proj"])  # one vector for the whole model
-    with pytest.raises(UsageError, match="no layer can rest while another trains"):
+    with pytest.raises(ConfigError, match="no layer can rest while another trains"):
         LayerMap(get_peft_model(LlamaForCausalLM(tiny_config()), unilora))
 
 
@@ -72,10 +72,10 @@ def test_the_state_of_an_adapter_is_what_peft_saves_and_nothing_of_the_base(tmp_
 
 
 def test_models_without_one_list_of_layers_are_refused():
-    with pytest.raises(UsageError, match="no layer list"):
+    with pytest.raises(ConfigError, match="no layer list"):
         LayerMap(tiny_peft(targets=["lm_head"]))
     two = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(4, 4)]), "b": nn.ModuleList([nn.Linear(4, 4)])})
-    with pytest.raises(UsageError, match="asks for one list of layers with adapters in each stack"):
+    with pytest.raises(ConfigError, match="asks for one list of layers with adapters in each stack"):
         LayerMap(get_peft_model(two, LoraConfig(r=2, target_modules=["a.0", "b.0"])))
 
 

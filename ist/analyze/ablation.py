@@ -14,11 +14,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ist.config import UsageError
 from ist.distributed import reduce_sum
 from ist.layers import LayerMap
 from ist.loss import token_loss_sum
 from ist.suppression import evaluation_mode, suppress
+from ist.training.command_line import UsageError
 from ist.training.record import keep_lines, read_lines
 
 # How a layer is chosen at each stage, of the losses without it: the lowest loss means that it mattered least.

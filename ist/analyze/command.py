@@ -33,7 +33,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ist.analyze.ablation import DIRECTIONS, AblationLoss, Ablations, Tokens, ablate_greedily, mean_loss
-from ist.config import ISTConfig, UsageError, require
+from ist.config import ISTConfig
 from ist.evaluate.command import (
     ScorerArguments,
     adapter_digest,
@@ -46,7 +46,7 @@ from ist.evaluate.command import (
 )
 from ist.report.statistics import spearman
 from ist.report.tables import joined, publish, require_publishing
-from ist.training.command_line import brief, markdown_table, parse_arguments
+from ist.training.command_line import UsageError, brief, command, markdown_table, parse_arguments, require
 from ist.training.data import Data, collate, encode_rows, load_rows, predicted_tokens
 from ist.training.model import require_fitting
 from ist.training.peft_config import NO_LAYER_RESPONSE
@@ -384,6 +384,7 @@ def summary(analysis: dict) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     args, _ = parse_arguments([AnalyzeArguments], argv, __doc__.split("\n")[0])
     state, training = start(args)

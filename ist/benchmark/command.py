@@ -36,9 +36,9 @@ from accelerate import Accelerator
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from ist.benchmark import speed as timing
-from ist.config import ISTConfig, UsageError, require
+from ist.config import ISTConfig
 from ist.report.tables import publish
-from ist.training.command_line import markdown_table
+from ist.training.command_line import UsageError, command, markdown_table, require
 from ist.training.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
 from ist.training.model import load_skeleton
 from ist.training.peft_config import make_peft_config
@@ -342,6 +342,7 @@ def finish(options: Namespace, command: str, table: str, **result: Any) -> None:
         publish(options.output, command, Accelerator(), table, options.readme, **result)
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ist.benchmark", description=__doc__.split("\n")[0])
     subcommands = parser.add_subparsers(required=True, metavar="WHAT")

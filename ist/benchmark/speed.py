@@ -33,13 +33,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from ist.config import CHEAP, UsageError
+from ist.config import CHEAP
 from ist.distributed import CollectiveCounter
 from ist.loss import token_loss_sum
 from ist.report.statistics import spearman
 from ist.suppression import evaluation_mode
-from ist.training.arguments import ARGUMENTS
-from ist.training.command_line import parse_arguments
+from ist.training.arguments import ARGUMENTS, joined_arguments
+from ist.training.command_line import UsageError, parse_arguments
 from ist.training.data import GlobalBatches, collate, micro_batches, prepare_data
 from ist.training.model import load_model, plan_layers
 from ist.training.observer import Observer
@@ -274,7 +274,7 @@ def arguments_of(flags: dict) -> Namespace:
     """The arguments of a run of train_ist.py, resolved as it does."""
     argv = as_argv(flags)
     *groups, _ = parse_arguments(ARGUMENTS, argv, "")
-    return Namespace(**{key: value for group in groups for key, value in vars(group).items()})
+    return joined_arguments(groups)
 
 
 def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:

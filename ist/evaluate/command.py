@@ -34,10 +34,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ist.adapters  # noqa: F401  its methods become known to PEFT
-from ist.config import UsageError, require
 from ist.distributed import reduce_sum
 from ist.training.checkpoint import write_json
-from ist.training.command_line import brief, parse_arguments
+from ist.training.command_line import UsageError, brief, command, parse_arguments, require
 from ist.training.data import load_rows, make_prompt
 from ist.training.record import read_lines, require_writable
 
@@ -496,6 +495,7 @@ def claim_folder(output_dir: Path, settings: dict, state: PartialState) -> None:
         write_json(file, settings)
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     args, _ = parse_arguments([EvaluateArguments], argv, __doc__.split("\n")[0])
     state, training = start(args)

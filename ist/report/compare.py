@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ist.config import RULE_KEYS, UsageError
 from ist.report.statistics import interval
+from ist.selection import rule_fields
 from ist.training.checkpoint import write_json
-from ist.training.command_line import brief, markdown_table
+from ist.training.command_line import UsageError, brief, command, markdown_table
 from ist.training.figures import plot_importance_panels
 from ist.training.record import (
     IMPORTANCE,
@@ -48,7 +48,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         if settings["selection"] != "all":
             arm += f" + {settings['selection']}"
             arm += "" if settings["trained_layers"] == 0.25 else f" ({settings['trained_layers']} layers)"
-            keys = [key for key, (_, default) in RULE_KEYS.items() if settings.get(key) not in (None, default)]
+            keys = [k.name for k, _ in rule_fields() if settings.get(k.name) not in (None, k.default)]
             arm += "".join(f" {key} {settings[key]}" for key in keys)
     return {"file": str(file), "model": Path(model).name, "arm": arm, "seed": seed, "right": right}
 
@@ -126,6 +126,7 @@ def comparison_table(comparison: dict) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ist.report",

@@ -1,27 +1,83 @@
-"""What to train at each step: the answers that IST's is compared with, behind the interface that its sampler has."""
+"""What to train at each step: the answers that IST's is compared with, behind the interface that its sampler has.
 
-from ist.config import ISTConfig
-from ist.sampler import ImportanceSampler
-from ist.selection.fixed import FixedLayers
-from ist.selection.id3 import StepwiseUnmasking
-from ist.selection.lisa import LisaSampler
-from ist.selection.rule import CalibratedRule, SelectionRule
-from ist.selection.semantic import SemanticFreezing
+A rule is a file with its class, the class of its own keys where it has some, and a line in `RULES`.
+"""
 
-__all__ = ["CalibratedRule", "FixedLayers", "LisaSampler", "SelectionRule", "SemanticFreezing", "make_rule"]
+import importlib
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
 
-_RULES = {
-    "lisa": LisaSampler,
-    "id3": StepwiseUnmasking,
-    **dict.fromkeys(("fixed", "first", "last"), FixedLayers),
-    **dict.fromkeys(("semantic", "semantic+ist"), SemanticFreezing),
+from ist.config import ConfigError, ISTConfig
+
+# name -> (module, class of the rule, class of its keys)
+_SAMPLER = ("ist.sampler", "ImportanceSampler", None)
+_FIXED = ("ist.selection.fixed", "FixedLayers", None)
+_SEMANTIC = ("ist.selection.semantic", "SemanticFreezing", "SemanticConfig")
+RULES: dict[str, tuple[str, str, str | None]] = {
+    "ist": _SAMPLER,
+    "random": _SAMPLER,
+    "all": _SAMPLER,
+    "lisa": ("ist.selection.lisa", "LisaSampler", "LisaConfig"),
+    "fixed": (*_FIXED[:2], "FixedConfig"),
+    "first": _FIXED,
+    "last": _FIXED,
+    "semantic": _SEMANTIC,
+    "semantic+ist": _SEMANTIC,
+    "id3": ("ist.selection.id3", "StepwiseUnmasking", "ID3Config"),
 }
+_HOME = {"CalibratedRule": "ist.selection.rule", "SelectionRule": "ist.selection.rule"}
+_HOME |= {name: module for module, *names in RULES.values() for name in names if name}
+__all__ = ["RULES", "config_class", "make_rule", "rule_fields", *_HOME]
 
 
-def make_rule(n_layers: int, config: ISTConfig) -> SelectionRule:
-    """The rule that config.selection names, for a model with `n_layers` layers.
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ist.selection' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def _config_of(selection: str) -> type[ISTConfig]:
+    module, _, config = RULES[selection]
+    return getattr(importlib.import_module(module), config) if config else ISTConfig
+
+
+def rule_fields() -> Iterator[tuple[Any, list[str]]]:
+    """(dataclass field, names of its rules) of every key that belongs to some rules alone."""
+    configs: dict[type[ISTConfig], list[str]] = {}
+    for selection in RULES:
+        configs.setdefault(_config_of(selection), []).append(selection)
+    own = {key.name for key in fields(ISTConfig)}
+    for config, selections in configs.items():
+        yield from ((key, selections) for key in fields(config) if key.name not in own)
+
+
+def config_class(selection: str, keys: dict[str, Any]) -> type[ISTConfig]:
+    """The class of the keys of a rule; `keys` are those that are given.
 
     Raises:
-        UsageError: the rule's keys do not fit so many layers.
+        ConfigError: a key is another rule's. IST's own may stand in a recipe that all rules share.
     """
-    return _RULES.get(config.selection, ImportanceSampler)(n_layers, config)
+    if selection not in RULES:
+        return ISTConfig  # which says what is allowed
+    config = _config_of(selection)
+    if foreign := keys.keys() - {key.name for key in fields(config)}:
+        for key, selections in rule_fields():
+            if key.name in foreign:
+                where = " and ".join(selections)
+                raise ConfigError(
+                    f"`{key.name}` must be left out with `selection={selection}`: it is for {where}; "
+                    f"got {keys[key.name]}.",
+                    key.name,
+                )
+    return config
+
+
+def make_rule(n_layers: int, config: ISTConfig) -> Any:
+    """The SelectionRule that config.selection names, for a model with `n_layers` layers.
+
+    Raises:
+        ConfigError: the rule's keys do not fit so many layers.
+    """
+    module, rule, _ = RULES[config.selection]
+    return getattr(importlib.import_module(module), rule)(n_layers, config)

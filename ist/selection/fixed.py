@@ -1,7 +1,25 @@
 """The same layers at every step: a list, the first or the last N_u."""
 
-from ist.config import ISTConfig, LayerCounts, UsageError
+from dataclasses import dataclass, field
+
+from ist.config import ISTConfig, LayerCounts, check
 from ist.selection.rule import Unlearned
+
+
+@dataclass
+class FixedConfig(ISTConfig):
+    fixed_layers: list[int] | None = field(
+        default=None, metadata={"help": "fixed: the layers to train, from 0; N_u at equal distances if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fixed_layers is not None:
+            given = self.fixed_layers if isinstance(self.fixed_layers, (list, tuple)) else [self.fixed_layers]
+            parts = [part for item in given for part in str(item).split(",") if part]
+            whole = bool(parts) and all(part.isdecimal() for part in parts)
+            check(whole, "fixed_layers", "layer numbers, from 0", " ".join(map(str, given)))
+            self.fixed_layers = sorted({int(part) for part in parts})
 
 
 class FixedLayers(Unlearned):
@@ -15,24 +33,23 @@ class FixedLayers(Unlearned):
             `trained_layers`.
 
     Raises:
-        UsageError: a layer of `fixed_layers` is not one of the model's.
+        ConfigError: a layer of `fixed_layers` is not one of the model's.
     """
 
     def __init__(self, n_layers: int, config: ISTConfig) -> None:
-        count = config.counts(n_layers).trained if config.fixed_layers is None else 0
+        given = getattr(config, "fixed_layers", None)  # a key of `fixed` alone
+        count = config.counts(n_layers).trained if given is None else 0
         if config.selection == "first":
             self._layers = list(range(count))
         elif config.selection == "last":
             self._layers = list(range(n_layers - count, n_layers))
-        elif config.fixed_layers is None:
+        elif given is None:
             self._layers = [(2 * i + 1) * n_layers // (2 * count) for i in range(count)]
         else:
-            self._layers = list(config.fixed_layers)
+            self._layers = list(given)
         if beyond := [i for i in self._layers if i >= n_layers]:
-            raise UsageError(
-                f"--fixed_layers must be layers from 0 to {n_layers - 1} (the model has {n_layers}); got "
-                f"{', '.join(map(str, beyond))}."
-            )
+            allowed = f"layers from 0 to {n_layers - 1} (the model has {n_layers})"
+            check(False, "fixed_layers", allowed, ", ".join(map(str, beyond)))
         self.counts = LayerCounts(n_layers, len(self._layers), n_layers)
 
     def trained(self, step: int) -> list[int]:

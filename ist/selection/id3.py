@@ -11,17 +11,57 @@ any number of ranks the budget is met to the scalar.
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ist.config import ISTConfig, UsageError
+from ist.config import ConfigError, Count, ISTConfig, check, parse_count, resolve_count
 from ist.distributed import all_parts, flat_part, flat_range, part_of, require_agreement, sum_over_parts
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.rule import Unlearned
 
 # A float32 of 0 or more orders as its bits do: 31 of them, compared in two halves.
 HIGH, LOW = 16, 15
+
+
+@dataclass
+class ID3Config(ISTConfig):
+    """The defaults of exponent and eps: that of the authors' selective_optimizers 0.4, and that of its examples."""
+
+    id3_budget: Count = field(
+        default=0.1,
+        metadata={
+            "help": "id3: B, weights unmasked in the end: a share of those that may train, a count, or all; "
+            "default 0.1."
+        },
+    )
+    id3_steps: int | None = field(
+        default=None, metadata={"help": "id3: T, steps over which they are unmasked; default: all of the run."}
+    )
+    id3_exponent: float = field(
+        default=1.0, metadata={"help": "id3: exp in the score |grad| / (|weight| + eps)^exp; default 1."}
+    )
+    id3_eps: float = field(default=1e-3, metadata={"help": "id3: eps in the score; default 1e-3."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.id3_budget = parse_count("id3_budget", self.id3_budget)
+        if self.id3_steps is not None:
+            check(self.id3_steps >= 1, "id3_steps", "1 or more", self.id3_steps)
+        finite = 0 <= self.id3_exponent < float("inf")
+        check(finite, "id3_exponent", "a finite number, 0 or more", self.id3_exponent)
+        check(0 < self.id3_eps < float("inf"), "id3_eps", "a finite number above 0", self.id3_eps)
+        underflows = f"large enough for its power {self.id3_exponent} to be 1e-30 or more (what divides a gradient)"
+        check(self.id3_eps**self.id3_exponent >= 1e-30, "id3_eps", underflows, self.id3_eps)
+
+    def scalar_budget(self, candidates: int) -> int:
+        """B for a model in which `candidates` scalars may train.
+
+        Raises:
+            ConfigError: it is more than those.
+        """
+        return resolve_count("id3_budget", self.id3_budget, candidates, False, "the scalars that may train")
 
 
 class StepwiseUnmasking(Unlearned):
@@ -36,7 +76,7 @@ class StepwiseUnmasking(Unlearned):
         unmasked: scalars unmasked so far, on all ranks together.
     """
 
-    def __init__(self, n_layers: int, config: ISTConfig) -> None:
+    def __init__(self, n_layers: int, config: ID3Config) -> None:
         self.config = config
         self.counts = config.counts(n_layers)._replace(trained=n_layers)
         self.optimizer: PackedAdamW | None = None
@@ -45,13 +85,14 @@ class StepwiseUnmasking(Unlearned):
         """(B, T) for a run of `max_steps` optimizer steps, where so many scalars are candidates.
 
         Raises:
-            UsageError: B is more than there are, or T more than there will be.
+            ConfigError: B is more than there are, or T more than there will be.
         """
         steps = self.config.id3_steps or max_steps
         if steps > max_steps:
-            raise UsageError(
-                f"--id3_steps {steps} is more than the run's {max_steps} steps: the budget would never be reached. "
-                "Lower it."
+            raise ConfigError(
+                f"`id3_steps={steps}` is more than the run's {max_steps} steps: the budget would never be reached. "
+                "Lower it.",
+                "id3_steps",
             )
         return self.config.scalar_budget(candidates), steps
 
@@ -59,7 +100,7 @@ class StepwiseUnmasking(Unlearned):
         """Take the scalars of `parameters` for candidates, in this order. Call it before the first step.
 
         Raises:
-            UsageError: as `schedule`.
+            ConfigError: as `schedule`.
             RuntimeError: a parameter is sharded otherwise than by its rows.
         """
         self.parameters = list(parameters.values())

@@ -16,17 +16,47 @@ that share of the layers, the one with most gain per layer of backward; and the 
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ist import distributed
-from ist.config import RULE_KEYS, ISTConfig, LayerCounts, UsageError
+from ist.config import ConfigError, Count, ISTConfig, LayerCounts, check, parse_count
 from ist.layers import LayerMap
 from ist.loss import IGNORE
 from ist.sampler import ImportanceSampler
+
+
+@dataclass
+class SemanticConfig(ISTConfig):
+    min_trained_layers: Count = field(
+        default=0.25,
+        metadata={"help": "semantic rules: layers above the boundary at the least; 0.25 of all if not given."},
+    )
+    semantic_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "semantic rules: share of the layers that the backward may go through; no limit if not given."
+        },
+    )
+    semantic_rows: int = field(
+        default=64, metadata={"help": "semantic rules: training rows of the pass before training; 64 if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.min_trained_layers = parse_count("min_trained_layers", self.min_trained_layers)
+        if self.semantic_budget is not None:
+            check(0 < self.semantic_budget < 1, "semantic_budget", "in (0, 1)", self.semantic_budget)
+        check(self.semantic_rows >= 1, "semantic_rows", "1 or more", self.semantic_rows)
+        allowed = "decoder: semantic compares hidden states with the tokens that a decoder predicts"
+        check(self.layer_stack == "decoder", "layer_stack", allowed, self.layer_stack)
+
+    @property
+    def calibrates(self) -> bool:
+        return True
 
 
 class SemanticBases:
@@ -60,12 +90,12 @@ def require_comparable(head: nn.Module | None, hidden_size: int) -> None:
     """Hidden states can be compared with the head's rows.
 
     Raises:
-        UsageError: there is no head, or it is not as wide as the hidden states.
+        ConfigError: there is no head, or it is not as wide as the hidden states.
     """
     width = head.weight.shape[1] if hasattr(head, "weight") else None
     if width != hidden_size:
-        raise UsageError(
-            f"--selection semantic compares hidden states (of size {hidden_size}) with rows of the LM head "
+        raise ConfigError(
+            f"`selection=semantic` compares hidden states (of size {hidden_size}) with rows of the LM head "
             f"({f'of size {width}' if width else 'there is none'}): not with this model. Choose another rule."
         )
 
@@ -84,7 +114,7 @@ def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: I
         [L + 1] float64, over the rows of all ranks, on the CPU; each from 0 (they point where the bases do) to 2.
 
     Raises:
-        UsageError: hidden states and head cannot be compared, or no token is to be predicted in the rows.
+        ConfigError: hidden states and head cannot be compared, or no token is to be predicted in the rows.
         FloatingPointError: a hidden state is not finite.
     """
     bases = SemanticBases(model.get_output_embeddings().weight)
@@ -94,8 +124,8 @@ def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: I
 
     def observe(space: int, hidden: Tensor) -> None:
         if hidden.shape[:-1] != predicting.shape:
-            raise UsageError(
-                f"--selection semantic needs one hidden state per token; this model's are {list(hidden.shape)}. Choose "
+            raise ConfigError(
+                f"`selection=semantic` needs one hidden state per token; this model's are {list(hidden.shape)}. Choose "
                 "another rule."
             )
         distance = 1 - cosine_similarity(hidden[predicting].float(), wanted, dim=-1)
@@ -118,7 +148,7 @@ def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: I
             model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
     *sums, tokens = distributed.reduce_sum(total).cpu()
     if not tokens:
-        raise UsageError("--semantic_rows: no token is to be predicted in these rows. Take more.")
+        raise ConfigError("`semantic_rows`: no token is to be predicted in these rows. Take more.")
     deviations = torch.stack(sums) / tokens
     if not deviations.isfinite().all():
         raise FloatingPointError(f"a hidden state of the calibration rows is not finite: {deviations.tolist()}")
@@ -164,10 +194,10 @@ class SemanticFreezing:
         frozen: how many of the N_L layers are at or below it.
 
     Raises:
-        UsageError: the floor or the budget leave no boundary.
+        ConfigError: the floor or the budget leave no boundary.
     """
 
-    def __init__(self, n_layers: int, config: ISTConfig) -> None:
+    def __init__(self, n_layers: int, config: SemanticConfig) -> None:
         self.config = config
         self.deviations: list[float] | None = None
         self.positions: list[int] | None = None
@@ -178,18 +208,18 @@ class SemanticFreezing:
         kept = config.layer_count("kept_layers", n_layers) if with_ist else n_layers
         self.counts = LayerCounts(n_layers, n_layers, kept)
         self._floor = config.layer_count("min_trained_layers", n_layers)
-        floor = f"--min_trained_layers {config.min_trained_layers}"
+        floor = f"`min_trained_layers={config.min_trained_layers}`"
         for key in ("trained_layers", "kept_layers") if with_ist else ():
             count = getattr(config, key)  # a fraction, and all, are of the layers above, however many they will be
             config.layer_count(key, n_layers)
             if isinstance(count, int) and count > self._floor:
-                self._floor, floor = count, f"--{key} {count}"
+                self._floor, floor = count, f"`{key}={count}`"
         if self._floor >= n_layers > 1:
-            raise UsageError(f"{floor} leaves no layer to freeze: {n_layers} can be trained. Choose fewer.")
+            raise ConfigError(f"{floor} leaves no layer to freeze: {n_layers} can be trained. Choose fewer.")
         self._most = None if config.semantic_budget is None else int(config.semantic_budget * n_layers + 1e-9)
         if self._most is not None and self._most < self._floor:
-            raise UsageError(
-                f"--semantic_budget {config.semantic_budget} leaves nothing to train: the backward may go through "
+            raise ConfigError(
+                f"`semantic_budget={config.semantic_budget}` leaves nothing to train: the backward may go through "
                 f"{self._most} of {n_layers} layers, {floor} wants {self._floor}. Raise it."
             )
 
@@ -214,11 +244,10 @@ class SemanticFreezing:
         above = [sum(position > i for position in self.positions) for i in range(len(gains))]
         self.boundary = choose_boundary(gains, above, self._floor, self._most)
         self.frozen = sum(position <= self.boundary for position in self.positions)
-        unset = dict.fromkeys(key for key, (rule, _) in RULE_KEYS.items() if rule == "semantic")
         if self.config.selection == "semantic+ist":
-            config = replace(self.config, selection="ist", **unset)
+            config = self.config.without_rule_keys("ist")
         else:
-            config = replace(self.config, selection="all", kept_layers="all", **unset)
+            config = self.config.without_rule_keys("all", kept_layers="all")
         self._above = ImportanceSampler(n_layers - self.frozen, config)
         self.counts = LayerCounts(n_layers, self._above.counts.trained, self._above.counts.kept)
 

@@ -5,15 +5,17 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, get_origin
 
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ist.config import ISTConfig, UsageError, require
-from ist.training.command_line import parse_arguments
+from ist.config import Count, ISTConfig
+from ist.selection import RULES, rule_fields
+from ist.training.command_line import UsageError, parse_arguments, require
 
 
 def option(default, help: str):
@@ -172,7 +174,41 @@ class RunArguments:
             require(value is None or value >= 1, key, "1 or more", value)
 
 
-ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, ISTConfig, TrainArguments, RunArguments)
+def _selection_arguments() -> type:
+    """ISTConfig's keys and those of all rules as one group of the command line; `config` is what they make."""
+    plain = {Count: str, list[int] | None: list[str] | None}  # a count is text there, a list is made of texts
+
+    def argument(key: Field, optional: bool) -> tuple[str, Any, Any]:
+        if optional:
+            kind = plain.get(key.type, key.type)
+            return key.name, kind if get_origin(kind) is UnionType else kind | None, option(None, key.metadata["help"])
+        kind = Literal[tuple(RULES)] if key.name == "selection" else plain.get(key.type, key.type)
+        default = str(key.default) if kind is str else key.default
+        return key.name, kind, option(default, key.metadata["help"])
+
+    def make_config(self) -> None:
+        given = {key.name: getattr(self, key.name) for key in fields(self)}
+        self.config = ISTConfig(**{key: value for key, value in given.items() if value is not None})
+
+    own = [argument(key, False) for key in fields(ISTConfig)]
+    last = next(i for i, key in enumerate(own) if key[0] == "layer_stack")
+    rules = [argument(key, True) for key, _ in rule_fields()]
+    namespace = {"__post_init__": make_config, "_argument_group_name": ISTConfig._argument_group_name}
+    return make_dataclass("SelectionArguments", [*own[:last], *rules, *own[last:]], namespace=namespace)
+
+
+SelectionArguments = _selection_arguments()
+ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, SelectionArguments, TrainArguments, RunArguments)
+
+
+def joined_arguments(groups: Sequence[Any]) -> Namespace:
+    """All keys of parsed groups; of the selection as its config has them, None where a key is another rule's."""
+    args: dict[str, Any] = {}
+    for group in groups:
+        args |= asdict(group)
+        if isinstance(group, SelectionArguments):
+            args |= asdict(group.config)
+    return Namespace(**args)
 
 
 def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Namespace, ISTConfig, str | None]:
@@ -183,8 +219,8 @@ def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Nam
     """
     others = [key.name for key in fields(AdapterArguments) if key.name != "peft_config"]
     *parsed, recipe = parse_arguments(ARGUMENTS, argv, description, alone=("peft_config", others))
-    ist_config = next(group for group in parsed if isinstance(group, ISTConfig))
-    args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
+    ist_config = next(group.config for group in parsed if isinstance(group, SelectionArguments))
+    args = joined_arguments(parsed)
     require_consistent(args)
     return args, ist_config, recipe
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ist.config import UsageError
 from ist.distributed import full_tensor, like
 from ist.layers import adapter_state
 from ist.selection.packed_adamw import PackedAdamW
+from ist.training.command_line import UsageError
 from ist.training.extensions import Extension
 from ist.training.job import Job
 from ist.tuner import SparseTuner

@@ -5,6 +5,7 @@ rank 0, exit code 2.
 """
 
 import difflib
+import functools
 import logging
 import os
 import re
@@ -12,11 +13,40 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
-from ist.config import UsageError
+from ist.config import ConfigError
+
+
+class UsageError(Exception):
+    """What a user can mend: bad arguments, bad data, a wrong folder. Its text is the one line that they see."""
+
+
+def as_usage_error(error: ConfigError) -> UsageError:
+    """The same with the command line's dashes: `key=value` is --key value there."""
+    return UsageError(re.sub(r"`(\w+)(?:=([^`]*))?`", lambda m: f"--{m[1]}" + (f" {m[2]}" if m[2] else ""), str(error)))
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """A command's main, whose ConfigErrors become UsageErrors."""
+
+    @functools.wraps(main)
+    def call(*args, **options) -> int:
+        try:
+            return main(*args, **options)
+        except ConfigError as error:
+            raise as_usage_error(error) from error
+
+    return call
+
+
+def require(ok: bool, key: str, allowed: str, value: Any) -> None:
+    """Raise a UsageError naming `key`, what is `allowed` and the `value` that was given, unless `ok`."""
+    if not ok:
+        raise UsageError(f"--{key} must be {allowed}; got {value}.")
 
 
 def quiet_known_warnings() -> None:

@@ -16,10 +16,9 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ist.config import UsageError, require
 from ist.loss import IGNORE
 from ist.sampler import seeded_generator
-from ist.training.command_line import brief
+from ist.training.command_line import UsageError, brief, require
 
 _INTRO = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from ist.config import SUPPRESSING, UsageError
+from ist.config import ConfigError
 from ist.distributed import require_sharded
 from ist.layers import (
     ATTENTION,
@@ -41,7 +41,7 @@ from ist.layers import (
 )
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
-from ist.training.command_line import brief
+from ist.training.command_line import UsageError, as_usage_error, brief
 from ist.training.data import Data
 from ist.training.peft_config import make_peft_config, require_served
 
@@ -189,7 +189,7 @@ def _plan_base_weights(args: Namespace, model: nn.Module) -> LayerMap:
     Raises:
         UsageError: the selection, or 4-bit weights, do not go with that; or there is no list of layers.
     """
-    if args.selection in SUPPRESSING:
+    if args.selection in ("ist", "semantic+ist"):
         raise UsageError(
             f"--selection {args.selection} suppresses the response of adapters, and --peft_method none has none: "
             "choose another selection (all, lisa, random, ...)."
@@ -221,6 +221,10 @@ def _adapter_errors(args: Namespace) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UsageError) and str(error).startswith("--"):
             raise  # it names its key
+        if isinstance(error, ConfigError):
+            error = as_usage_error(error)
+            if str(error).startswith("--"):
+                raise error from None
         raise UsageError(f"{key}: {brief(error)}") from error
 
 

@@ -11,11 +11,12 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ist.config import ISTConfig, UsageError
+from ist.config import ISTConfig
 from ist.distributed import GradientReducer, reduce_sum
 from ist.loss import token_loss_sum, total_loss
 from ist.sampler import seeded_generator
 from ist.suppression import evaluation_mode
+from ist.training.command_line import UsageError
 from ist.training.data import Data, GlobalBatches, micro_batches, predicted_tokens, probe_rows
 
 Batch = dict[str, Tensor]

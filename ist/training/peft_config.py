@@ -11,8 +11,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ist.adapters import ParallelConfig, SeriesConfig
-from ist.config import UsageError
-from ist.training.command_line import brief
+from ist.training.command_line import UsageError, brief
 
 NO_LAYER_RESPONSE = {
     PeftType.ADAPTION_PROMPT: "it adds prompts inside attention",

@@ -18,8 +18,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ist.config import ISTConfig, UsageError
-from ist.training.command_line import brief, markdown_table
+from ist.config import ISTConfig
+from ist.training.command_line import UsageError, brief, markdown_table
 from ist.training.data import Data
 from ist.training.memory import (
     PARTS,

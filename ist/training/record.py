@@ -19,9 +19,9 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 
-from ist.config import LayerCounts, UsageError
+from ist.config import LayerCounts
 from ist.training.checkpoint import checkpoint_steps, write_json
-from ist.training.command_line import brief
+from ist.training.command_line import UsageError, brief
 from ist.training.figures import heat_map, plot_importance
 
 METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ist.config import require
-from ist.training.command_line import parse_arguments, run_command
+from ist.training.command_line import command, parse_arguments, require, run_command
 
 # The demo's word problems: (question, first sentence of the worked answer, calculation). The held-out part has other
 # templates and other numbers: no operand of a held-out question occurs in training.
@@ -71,6 +70,7 @@ class DemoDataArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the rows."})
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     (arguments, _) = parse_arguments([DemoDataArguments], argv, "Write the demo's arithmetic word problems.")
     for key in ("train_rows", "validation_rows", "test_rows"):
