@@ -10,10 +10,9 @@ input, 3 stopped by a signal after saving (run again with --resume_from_checkpoi
 
 import math
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ist.training.command_line import quiet_known_warnings
 
@@ -22,24 +21,18 @@ quiet_known_warnings()
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from transformers import get_scheduler
 
-from ist.config import ISTConfig
-from ist.distributed import (
-    StopAgreement,
-    require_launcher,
-    require_topology,
-)
+from ist.distributed import StopAgreement, require_launcher, require_topology
 from ist.selection import StepwiseUnmasking, make_rule
-from ist.training.arguments import keep_global_batch, parse_training_arguments, resolve_output_dir
+from ist.training.arguments import Resolved, parse_training_arguments, resolve_batches, resolve_output_dir
 from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint
 from ist.training.command_line import UsageError, brief, command, run_command
 from ist.training.data import Data, prepare_data
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
 from ist.training.job import Job
-from ist.training.model import plan_layers, prepare, require_fitting
-from ist.training.monitor import Monitor, ProgressBar, announce
+from ist.training.model import make_scheduler, plan_layers, prepare, require_fitting
+from ist.training.monitor import Monitor
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
 from ist.training.peft_config import as_json, make_peft_config
@@ -79,28 +72,30 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
         )
 
     # Layers, from the model's configuration; then the run folder: this run's own, or free.
-    layers, model_config, vocabulary = plan_layers(args, sharded)
-    rule = make_rule(layers.n_layers, config)
-    resolve_output_dir(args, recipe)
+    planned = plan_layers(args, sharded)
+    rule = make_rule(planned.layers.n_layers, config)
+    args = resolve_output_dir(planned.args, recipe)
     output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    configuration = resolve_batches(args, config, accelerator, checkpoint)
+    resumed_batch_size = checkpoint[1]["configuration"]["global_batch_size"] if checkpoint else None
+    args = resolve_batches(args, config, accelerator.num_processes, resumed_batch_size)
+    configuration = asdict(args)
     if not args.plan and is_finished_run(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
         return 0
 
     # Data, before any weight is loaded.
     data = load_data(args, accelerator)
-    require_fitting(data, model_config, vocabulary)
-    batch_size, max_steps = configuration["global_batch_size"], args.max_steps
+    require_fitting(data, planned.config, planned.vocabulary)
+    max_steps = args.max_steps
     if max_steps == -1:
-        max_steps = math.ceil(args.num_train_epochs * len(data.rows) / batch_size)
-    if isinstance(rule, StepwiseUnmasking) and layers.n_scalars:
-        rule.schedule(layers.n_scalars, max_steps)
+        max_steps = math.ceil(args.num_train_epochs * len(data.rows) / args.global_batch_size)
+    if isinstance(rule, StepwiseUnmasking) and planned.layers.n_scalars:
+        rule.schedule(planned.layers.n_scalars, max_steps)
     peft_config = make_peft_config(args, max_steps)
     if args.plan:
         if accelerator.is_main_process:
-            print(plan_run(args, config, peft_config, model_config, layers.n_layers, data, accelerator))
+            print(plan_run(planned._replace(args=args), config, peft_config, data, accelerator))
         return 0
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     if args.peft_config:
@@ -117,28 +112,15 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
         configuration,
         **environment(accelerator),
         **{"steps": checkpoint[1]["step"] if checkpoint else 0, "max_steps": max_steps},
-        **{"layers": layers.names, "layer_counts": rule.counts._asdict()},
+        **{"layers": planned.layers.names, "layer_counts": rule.counts._asdict()},
         **{"dropped_rows": data.dropped, "resumed_from": str(checkpoint[0]) if checkpoint else None},
-        trained_counts=checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * layers.n_layers,
+        trained_counts=checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * planned.layers.n_layers,
     )
     job = Job(args, config, data, peft_config, max_steps, checkpoint, configuration)
     return run(job, accelerator, record, observer or Observer())
 
 
-def resolve_batches(
-    args: Namespace, config: ISTConfig, accelerator: Accelerator, checkpoint: tuple[Path, dict] | None
-) -> dict[str, Any]:
-    """The configuration as run.json holds it; sets the accumulation of a resumed run and the rows of a probe."""
-    round_size = args.per_device_train_batch_size * accelerator.num_processes
-    if checkpoint:
-        keep_global_batch(args, round_size, checkpoint[1]["configuration"]["global_batch_size"])
-    batch_size = round_size * args.gradient_accumulation_steps
-    args.probe_max_length = config.probe_tokens(batch_size, args.max_length)
-    args.probe_batch_size = config.probe_rows(batch_size)
-    return {**vars(args), "global_batch_size": batch_size}
-
-
-def load_data(args: Namespace, accelerator: Accelerator) -> Data:
+def load_data(args: Resolved, accelerator: Accelerator) -> Data:
     """
     Raises:
         UsageError: on all ranks; one that left by itself would leave the others at a barrier.
@@ -175,45 +157,29 @@ def run(job: Job, accelerator: Accelerator, record: RunRecord, observer: Observe
 
 
 def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopRequest, observer: Observer) -> int:
-    args, max_steps, data = job.args, job.max_steps, job.data
+    args, max_steps = job.args, job.max_steps
 
     # ---- Set-up. Model -> adapter -> optimizer over all that ever trains -> prepare -> tuner, which freezes. In this
     # order: a layer that is frozen when the optimizer is made would never move, and sharding replaces the parameters.
-    model, optimizer = prepare(args, job.peft_config, accelerator)
-    peft_model = accelerator.unwrap_model(model)
-    # By name now: after a forward without gradients FSDP has other objects in the place of some of them.
-    every_name = {n: p for n, p in peft_model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer.optimizer, warmup, max_steps)
-    objective = Objective(accelerator, model, parameters.values(), data, args, job.config, job.batch_size)
+    model, peft_model, optimizer = prepare(args, job.peft_config, accelerator)
+    adapter = WholeAdapter(peft_model)
+    scheduler = make_scheduler(args, optimizer.optimizer, max_steps)
+    objective = Objective(accelerator, model, adapter.parameters.values(), job.data, args, job.config)
     tuner = SparseTuner(peft_model, job.config, objective.probe_batches)
-    extensions = make_extensions(
-        tuner, job.peft_config, parameters, optimizer.optimizer, args.optimizer_state, max_steps
-    )
+    extensions = make_extensions(job, tuner, adapter.parameters, optimizer.optimizer)
     if args.torch_compile:
         tuner.compile_layers(args.torch_compile_backend)
-    adapter = WholeAdapter(peft_model, every_name)
-    checkpoints = Checkpoints(job, adapter, parameters, optimizer.optimizer, scheduler, tuner, extensions)
+    checkpoints = Checkpoints(job, adapter, optimizer.optimizer, scheduler, tuner, extensions)
+    monitor = Monitor(job, accelerator, objective, record, checkpoints, observer)
     observer.ready(tuner, optimizer.optimizer)
 
     # ---- Resume.
     progress = checkpoints.resume(job.checkpoint)
-    record.rewind(progress.step)
-    accelerator.wait_for_everyone()
-    record.start_trackers(args.run_name)
-    objective.first_forward()
-    if not job.checkpoint:
-        objective.require_packing_alike(job.batch_size)
+    record.open(progress.step, args.run_name)
+    objective.first_forward(resumed=job.checkpoint is not None)
     with accelerator.autocast():
         semantic = tuner.prepare()
-    if semantic:
-        record.semantic(semantic, tuner.rule.counts)
-    announce(job, accelerator, tuner, extensions, parameters, progress.step, semantic, warmup)
-    bar = ProgressBar(accelerator, max_steps, progress.step)
-    monitor = Monitor(job, accelerator, objective, record, checkpoints, parameters, bar, observer)
-    if data.validation and progress.step == 0:
-        monitor.validate(progress)
+    monitor.begin(progress, semantic)
 
     # ---- The loop.
     stop_agreed, clock = StopAgreement(), StepClock()
@@ -236,8 +202,7 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
             with observer.part("forward"):
                 micro_loss = objective.forward(micro_batch, batch.predicted)
             with observer.part("backward"):
-                last = i == len(batch.micro_batches)
-                objective.backward(micro_loss, last, tuner.trained_buckets())
+                objective.backward(micro_loss, i == len(batch.micro_batches), tuner.trained_buckets())
             loss += micro_loss.detach()
         # 3. Reduce: gradients are those of the global batch now.
         objective.reduce()
@@ -250,11 +215,9 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
             extensions.after_optimizer_step(step + 1)
             optimizer.zero_grad(set_to_none=True)
         # 5. Log, validate, save.
-        progress.step += 1
-        progress.tokens += batch.tokens
+        progress.advance(batch.tokens)
         monitor.after_step(progress, loss, grad_norm, values, batch.tokens, clock)
     stop_agreed.close()
-    bar.close()
 
     # ---- Finish.
     return finish(job, monitor, progress, stop)
@@ -262,6 +225,7 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
 
 def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) -> int:
     """Write the result, or where a stopped run goes on; the exit code."""
+    monitor.bar.close()
     args, say, accelerator = job.args, monitor.bar.say, monitor.accelerator
     record, checkpoints = monitor.record, monitor.checkpoints
     extensions, adapter = checkpoints.extensions, checkpoints.adapter

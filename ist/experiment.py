@@ -578,7 +578,7 @@ def bytes_by_part(flags: dict[str, Any], trained: Sequence[Sequence[int]], token
         tokens: of a row of a micro-batch, which is counted without padding.
     """
     args = arguments_of(flags)
-    layers, config, _ = plan_layers(args, sharded=False)
+    args, layers, config, _ = plan_layers(args, sharded=False)
     n_layers, peft_config = layers.n_layers, make_peft_config(args)
     shape = (args.per_device_train_batch_size, round(tokens))
     with counting(args, peft_config, config, shape) as counter:

@@ -86,6 +86,39 @@ def _chosen_lists(model: nn.Module, lists: set[str], stack: str) -> list[str]:
     return [paths[0] for paths in chosen]
 
 
+def _tuners_by_layer(model: nn.Module, stack: str) -> dict[tuple[str, int], list[BaseTunerLayer]]:
+    """{(path of a list of layers, position in it): adapter modules}, in the order of the model.
+
+    Of a model without an adapter the layers that have parameters which train, with empty lists.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    tuners: dict[tuple[str, int], list[BaseTunerLayer]] = {}
+    last_tuner = None
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or (last_tuner and name.startswith(f"{last_tuner}.")):
+            continue
+        last_tuner = name
+        if (layer := _enclosing_layer(model, name)) is not None:
+            tuners.setdefault(layer, []).append(module)
+    plain = last_tuner is None and not hasattr(model, "peft_config")
+    if plain:
+        names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        tuners = {layer: [] for name in names if (layer := _enclosing_layer(model, name)) is not None}
+        # Some decoders have other lists beside their layers (Gemma 3n, XLM): the config tells how many layers are.
+        depth = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+        deep = [key for key in tuners if len(model.get_submodule(key[0])) == getattr(depth, "num_hidden_layers", 0)]
+        tuners = {key: [] for key in deep} if deep and stack == "decoder" else tuners
+    if not tuners:
+        raise ConfigError(
+            f"the model has no layer list: no {'parameter that trains' if plain else 'adapter module'} sits inside "
+            "a torch.nn.ModuleList of decoder layers, so there is nothing to choose layers from. Check "
+            "`target_modules` and the model's architecture."
+        )
+    return tuners
+
+
 class LayerMap:
     """The decoder layers that carry adapters, in order; of a model without PEFT, those with parameters that train.
 
@@ -113,30 +146,8 @@ class LayerMap:
     """
 
     def __init__(self, model: nn.Module, stack: str = "decoder") -> None:
-        tuners: dict[tuple[str, int], list[BaseTunerLayer]] = {}
-        last_tuner = None
-        for name, module in model.named_modules():
-            if not isinstance(module, BaseTunerLayer) or (last_tuner and name.startswith(f"{last_tuner}.")):
-                continue
-            last_tuner = name
-            if (layer := _enclosing_layer(model, name)) is not None:
-                tuners.setdefault(layer, []).append(module)
-        plain = last_tuner is None and not hasattr(model, "peft_config")
-        if plain:
-            names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-            tuners = {layer: [] for name in names if (layer := _enclosing_layer(model, name)) is not None}
-            # Some decoders have other lists beside their layers (Gemma 3n, XLM): the config tells how many layers are.
-            depth = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
-            deep = [key for key in tuners if len(model.get_submodule(key[0])) == getattr(depth, "num_hidden_layers", 0)]
-            tuners = {key: [] for key in deep} if deep and stack == "decoder" else tuners
-        lists = {path for path, _ in tuners}
-        if not lists:
-            raise ConfigError(
-                f"the model has no layer list: no {'parameter that trains' if plain else 'adapter module'} sits inside "
-                "a torch.nn.ModuleList of decoder layers, so there is nothing to choose layers from. Check "
-                "`target_modules` and the model's architecture."
-            )
-        chosen = _chosen_lists(model, lists, stack)
+        tuners = _tuners_by_layer(model, stack)
+        chosen = _chosen_lists(model, {path for path, _ in tuners}, stack)
         keys = sorted((key for key in tuners if key[0] in chosen), key=lambda key: (chosen.index(key[0]), key[1]))
         self.names = [f"{path}.{position}" for path, position in keys]
         self.blocks = [model.get_submodule(name) for name in self.names]

@@ -3,8 +3,9 @@
     python tests/golden.py record OUT [--repo CHECKOUT] [--old RECORD] [--topologies one ddp fsdp2]
     python tests/golden.py compare RECORD RECORD
 
-`record` trains tiny models by the CHECKOUT's train_ist.py and keeps metrics, importance, run.json, tracker calls,
-weights and checkpoints (as digests), printed lines, the callback's runs, `--help`, and what bad command lines print.
+`record` trains tiny models by the CHECKOUT's train_ist.py and keeps encoded rows, metrics, importance, run.json,
+tracker calls, weights and checkpoints (as digests), printed lines, the callback's runs, `--help`, and what bad command
+lines print.
 With `--old` it also goes on from the checkpoints of an older record, and fails unless they lead to the same end.
 Make one before and one after, on one machine: processors round differently. Nothing here uses a module of ist/ but
 through what users call, so that rooms may move.
@@ -268,7 +269,7 @@ def launch(topology: str, work: Path, old: Path | None) -> dict[str, Any]:
 
 
 def others(work: Path) -> dict[str, Any]:
-    """`--help`, what bad command lines print, and the callback."""
+    """`--help`, what bad command lines print, the callback, and encoded rows."""
     import golden_cases
 
     good = BASE | {"model_name_or_path": work / "tiny", "train_file": work / "rows.json", "output_dir": work / "bad"}
@@ -277,6 +278,7 @@ def others(work: Path) -> dict[str, Any]:
         "help": run_script(["--help"], work),
         "bad": {name: run_script(flags(good | values), work) for name, values in bad.items()},
         "callback": cleaned(golden_cases.callback_runs(work), work),
+        "encoded rows": golden_cases.encoded_rows(work),
     }
 
 

@@ -176,3 +176,28 @@ def callback_runs(work: Path) -> dict[str, Any]:
             losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
             record[f"{name}: {kind}"] = {"updates": updates, "losses": losses, "weights": weights.hexdigest()[:16]}
     return record
+
+
+CHATML = (
+    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def encoded_rows(work: Path) -> dict[str, Any]:
+    """{template and completion_only_loss: token ids and labels of the first rows, and how many rows were dropped}."""
+    try:
+        from ist.training.data import encode_rows, load_rows
+    except ImportError:  # before the house
+        from ist.data import encode_rows, load_rows
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "tiny")
+    tokenizer.chat_template = CHATML
+    encoded = {}
+    for template in ("alpaca", "llm_adapters", "chat", "none"):
+        for completion_only in (False, True):
+            rows = load_rows("train_file", [str(work / "rows.json")])
+            rows, dropped = encode_rows(rows, "train_file", template, tokenizer, 400, completion_only)
+            encoded[f"{template}, {completion_only}"] = {"rows": rows.to_list()[:20], "dropped": dropped}
+    return encoded

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import families
 import pytest
@@ -114,8 +115,7 @@ def test_recipe(name, tmp_path, monkeypatch):
     depth = "num_hidden_layers" if "num_hidden_layers" in values else "n_layer"
     model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**{**values, depth: n_layers}))
     model.save_pretrained(tmp_path)
-    args.model_name_or_path = str(tmp_path)
-    layers, _, _ = plan_layers(args, sharded=False)
+    args, layers, _, _ = plan_layers(replace(args, model_name_or_path=str(tmp_path)), sharded=False)
     assert config.counts(layers.n_layers) == RECIPES[name]
     targets = make_peft_config(args, 31_932).target_modules
     for modules in layers.modules:

@@ -6,8 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from ist.distributed import local_tensor
 from ist.loss import token_loss_sum
 from ist.training import memory, plan
 from ist.training import model as training_model
+from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError
 from ist.training.memory import (
     SavedByLayer,
@@ -53,7 +54,7 @@ SETTINGS = {
 SHAPE = (3, 48)
 
 
-def arguments_of(method: str = "lora", config=None, **options) -> tuple[Namespace, object, object]:
+def arguments_of(method: str = "lora", config=None, **options) -> tuple[Resolved, object, object]:
     config = config or tiny_config()
     args = benchmark.memory_arguments(method, config, "bfloat16", lora_r=4, bottleneck_size=16, **options)
     return args, make_peft_config(args), config
@@ -173,14 +174,14 @@ def test_a_boundary_that_is_not_known_yet_is_the_lowest_possible(budget, boundar
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_4bit_weights_take_what_bitsandbytes_takes(tiny, dtype):
     args, peft_config, _ = arguments_of(load_in_4bit=True)
-    args = Namespace(**vars(args) | {"model_name_or_path": str(tiny), "seed": 1, "dtype": dtype})
+    args = replace(args, model_name_or_path=str(tiny), seed=1, dtype=dtype)
     with counting(args, peft_config, AutoConfig.from_pretrained(tiny), SHAPE) as counter:
         predicted = counter.weights
         modules = [type(module) for module in counter.model.modules()]
     model = load_model(args, peft_config, torch.device("cpu"))
     assert memory.storage_bytes(weight_tensors(model)) == predicted
     assert [type(module) for module in model.modules()] == modules
-    plain = Namespace(**vars(args) | {"load_in_4bit": False})
+    plain = replace(args, load_in_4bit=False)
     whole = memory.storage_bytes(weight_tensors(materialise(load_skeleton(plain, peft_config, tiny_config()), "cpu")))
     assert predicted < whole
 

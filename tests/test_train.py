@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist.loss import token_loss_sum
 from ist.sampler import seeded_generator
-from ist.training.arguments import ARGUMENTS
-from ist.training.command_line import UsageError, parse_arguments
+from ist.training.arguments import parse_training_arguments
+from ist.training.command_line import UsageError
 from ist.training.data import GlobalBatches, encode
 from ist.training.model import plan_layers
 
@@ -719,9 +717,8 @@ def test_a_method_that_starts_from_the_weights_is_planned_without_them(train, tm
 def test_what_cannot_be_sharded_is_refused(tiny, tmp_path, config, message):
     (tmp_path / "peft.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
     flags = ["--model_name_or_path", str(tiny), "--train_file", "x", "--peft_config", str(tmp_path / "peft.json")]
-    *parsed, _ = parse_arguments(ARGUMENTS, flags, "")
-    args = Namespace(**{key: value for group in parsed for key, value in asdict(group).items()})
-    assert plan_layers(args, sharded=False)[0].n_layers == 4
+    args, _, _ = parse_training_arguments(flags, "")
+    assert plan_layers(args, sharded=False).layers.n_layers == 4
     with pytest.raises(UsageError, match=message):
         plan_layers(args, sharded=True)
 

@@ -38,6 +38,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 from ist.benchmark import speed as timing
 from ist.config import ISTConfig
 from ist.report.tables import publish
+from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError, command, markdown_table, require
 from ist.training.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
 from ist.training.model import load_skeleton
@@ -81,23 +82,15 @@ FULL = "full"
 METHODS = ("lora", "series", "parallel", FULL)
 
 
-def memory_arguments(method: str, config: PretrainedConfig, dtype: str, **options: Any) -> Namespace:
-    """The keys of train_ist.py that say what a step keeps in memory, at its defaults but for `options`."""
-    defaults = {
-        **{"attn_implementation": "sdpa", "trust_remote_code": False, "load_in_4bit": False, "dtype": dtype},
-        **{"peft_method": "none" if method == FULL else method, "peft_config": None, "bottleneck_size": 256},
-        **{"lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.05, "exclude_modules": None},
-        **{"target_modules": TARGETS[config.model_type].get(method), "layer_stack": "decoder", "selection": "all"},
-        **{
-            "optim": "adamw_torch",
-            "optimizer_state": "keep",
-            "learning_rate": 2e-4,
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-        },
-        **{"bf16": method == FULL and dtype != "float32", "gradient_checkpointing": False},
+def memory_arguments(method: str, config: PretrainedConfig, dtype: str, **options: Any) -> Resolved:
+    """The keys of train_ist.py at their defaults, but for `options`, for a model known by its configuration."""
+    values = {
+        "peft_method": "none" if method == FULL else method,
+        "target_modules": TARGETS[config.model_type].get(method),
+        "selection": "all",
+        "bf16": method == FULL and dtype != "float32",
     }
-    return Namespace(**defaults | options)
+    return Resolved(model_name_or_path=config.model_type, dtype=dtype, **values | options)
 
 
 def selections(n_layers: int) -> dict[str, ISTConfig]:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -38,7 +37,7 @@ from ist.distributed import CollectiveCounter
 from ist.loss import token_loss_sum
 from ist.report.statistics import spearman
 from ist.suppression import evaluation_mode
-from ist.training.arguments import ARGUMENTS, joined_arguments
+from ist.training.arguments import ARGUMENTS, Arguments
 from ist.training.command_line import UsageError, parse_arguments
 from ist.training.data import GlobalBatches, collate, micro_batches, prepare_data
 from ist.training.model import load_model, plan_layers
@@ -222,7 +221,7 @@ def run_ours(flags: dict, parts: bool, lockstep: Lockstep | None = None) -> dict
     return {"total": total, **peak} | {part: value / len(watch.steps) for part, value in watch.seconds.items()}
 
 
-def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, lockstep: Lockstep) -> None:
+def run_bare(args: Arguments, model: PeftModel, rows: Dataset, pad: int, lockstep: Lockstep) -> None:
     """Plain PEFT as one would write it down: forward, backward, clip, AdamW."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0)
@@ -242,7 +241,7 @@ def run_bare(args: Namespace, model: PeftModel, rows: Dataset, pad: int, lockste
         optimizer.zero_grad(set_to_none=True)
 
 
-def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, lockstep: Lockstep) -> None:
+def run_trainer(args: Arguments, model: PeftModel, rows: Dataset, pad: int, lockstep: Lockstep) -> None:
     class TakeTurns(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             lockstep.wait(state.global_step)
@@ -270,11 +269,11 @@ def run_trainer(args: Namespace, model: PeftModel, rows: Dataset, pad: int, lock
         Trainer(model=model, args=training, train_dataset=rows, data_collator=pad_rows, callbacks=[TakeTurns()]).train()
 
 
-def arguments_of(flags: dict) -> Namespace:
+def arguments_of(flags: dict) -> Arguments:
     """The arguments of a run of train_ist.py, resolved as it does."""
     argv = as_argv(flags)
     *groups, _ = parse_arguments(ARGUMENTS, argv, "")
-    return joined_arguments(groups)
+    return Arguments.joined(groups)
 
 
 def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
@@ -287,7 +286,7 @@ def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
     args = arguments_of(flags)
     with _silent():
         Accelerator()
-        plan_layers(args, sharded=False)
+        args = plan_layers(args, sharded=False).args
         data = prepare_data(args)
         model = load_model(args, make_peft_config(args), device).to(device)
     run = run_bare if arm == "bare loop" else run_trainer
@@ -356,7 +355,7 @@ def count_flops(flags: dict) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _silent():
         Accelerator()
-        plan_layers(args, sharded=False)
+        args = plan_layers(args, sharded=False).args
         data = prepare_data(args)
         model = load_model(args, make_peft_config(args), device).to(device)
     indices = GlobalBatches(len(data.rows), args.per_device_train_batch_size, 0).rows(0)

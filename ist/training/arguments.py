@@ -1,9 +1,8 @@
-"""The keys of train_ist.py, by group, and what no single one of them can tell of itself."""
+"""The keys of train_ist.py by group, the checks across them, and the values that a run resolves them to."""
 
 import math
 import os
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from ist.selection import RULES, rule_fields
 from ist.training.command_line import UsageError, parse_arguments, require
 
 
-def option(default, help: str):
+def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
     _argument_group_name = "model"
 
@@ -33,7 +32,7 @@ class ModelArguments:
     load_in_4bit: bool = option(False, "QLoRA: base weights as 4-bit NF4 (bitsandbytes), computed in --dtype.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
     _argument_group_name = "data"
 
@@ -61,7 +60,7 @@ class DataArguments:
         require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdapterArguments:
     _argument_group_name = "adapter"
 
@@ -85,14 +84,15 @@ class AdapterArguments:
 
     def __post_init__(self) -> None:
         if self.target_modules:
-            self.target_modules = [name for part in self.target_modules for name in part.split(",") if name]
+            names = [name for part in self.target_modules for name in part.split(",") if name]
+            object.__setattr__(self, "target_modules", names)
         require(self.lora_r >= 1, "lora_r", "1 or more", self.lora_r)
         require(self.lora_alpha >= 1, "lora_alpha", "1 or more", self.lora_alpha)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         require(self.bottleneck_size >= 1, "bottleneck_size", "1 or more", self.bottleneck_size)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainArguments:
     _argument_group_name = "training (names as in transformers.TrainingArguments)"
 
@@ -148,7 +148,7 @@ class TrainArguments:
         require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunArguments:
     _argument_group_name = "run"
 
@@ -188,74 +188,119 @@ def _selection_arguments() -> type:
 
     def make_config(self) -> None:
         given = {key.name: getattr(self, key.name) for key in fields(self)}
-        self.config = ISTConfig(**{key: value for key, value in given.items() if value is not None})
+        config = ISTConfig(**{key: value for key, value in given.items() if value is not None})
+        object.__setattr__(self, "config", config)
 
     own = [argument(key, False) for key in fields(ISTConfig)]
     last = next(i for i, key in enumerate(own) if key[0] == "layer_stack")
     rules = [argument(key, True) for key, _ in rule_fields()]
     namespace = {"__post_init__": make_config, "_argument_group_name": ISTConfig._argument_group_name}
-    return make_dataclass("SelectionArguments", [*own[:last], *rules, *own[last:]], namespace=namespace)
+    keys = [*own[:last], *rules, *own[last:]]
+    return make_dataclass("SelectionArguments", keys, namespace=namespace, frozen=True)
 
 
 SelectionArguments = _selection_arguments()
 ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, SelectionArguments, TrainArguments, RunArguments)
 
 
-def joined_arguments(groups: Sequence[Any]) -> Namespace:
-    """All keys of parsed groups; of the selection as its config has them, None where a key is another rule's."""
-    args: dict[str, Any] = {}
-    for group in groups:
-        args |= asdict(group)
-        if isinstance(group, SelectionArguments):
-            args |= asdict(group.config)
-    return Namespace(**args)
+@dataclass(frozen=True)
+class Arguments(RunArguments, TrainArguments, SelectionArguments, AdapterArguments, DataArguments, ModelArguments):
+    """All keys of train_ist.py, each as its group has checked it.
+
+    Raises:
+        UsageError: keys that do not go together.
+    """
+
+    def __post_init__(self) -> None:
+        has_validation = bool(self.validation_file or self.validation_size)
+        for key in ("load_best_model_at_end", "eval_steps"):
+            if getattr(self, key) and not has_validation:
+                raise UsageError(f"--{key} needs --validation_file or --validation_size.")
+        if self.load_best_model_at_end and not self.eval_steps:
+            raise UsageError("--load_best_model_at_end needs --eval_steps.")
+        if self.selection == "id3" and self.optim != "adamw_torch":
+            raise UsageError(f"--optim {self.optim} keeps moments of masked weights too: use adamw_torch with id3.")
+
+    @classmethod
+    def joined(cls, groups: Sequence[Any]) -> "Arguments":
+        """Of parsed groups; keys of the selection as its config has them, None where a key is another rule's."""
+        keys: dict[str, Any] = {}
+        for group in groups:
+            keys |= asdict(group)
+            if isinstance(group, SelectionArguments):
+                keys |= asdict(group.config)
+        return cls(**keys)
 
 
-def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Namespace, ISTConfig, str | None]:
+@dataclass(frozen=True)
+class Resolved(Arguments):
+    """The arguments of a run with the values that its model, its processes and its folder give them.
+
+    dtype, attn_implementation and target_modules are the model's, output_dir and run_name the run's, the accumulation
+    and the probe's size those of the global batch. run.json has them as its configuration.
+
+    Attributes:
+        exclude_modules: regular expression of the modules that stay without an adapter, as PEFT takes it.
+        global_batch_size: rows of an optimizer step, over all processes and micro-batches.
+    """
+
+    exclude_modules: str | None = None
+    global_batch_size: int | None = None
+
+    @classmethod
+    def of(cls, args: Arguments, **values: Any) -> "Resolved":
+        """`args` with other values."""
+        return cls(**{**vars(args), **values})
+
+
+def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Arguments, ISTConfig, str | None]:
     """(all keys, those of the method as its config, path of the recipe).
 
     Raises:
         UsageError: an unknown key, a bad value, or keys that do not go together.
     """
     others = [key.name for key in fields(AdapterArguments) if key.name != "peft_config"]
-    *parsed, recipe = parse_arguments(ARGUMENTS, argv, description, alone=("peft_config", others))
-    ist_config = next(group.config for group in parsed if isinstance(group, SelectionArguments))
-    args = joined_arguments(parsed)
-    require_consistent(args)
-    return args, ist_config, recipe
+    *groups, recipe = parse_arguments(ARGUMENTS, argv, description, alone=("peft_config", others))
+    config = next(group.config for group in groups if isinstance(group, SelectionArguments))
+    return Arguments.joined(groups), config, recipe
 
 
-def resolve_output_dir(args: Namespace, recipe: str | None) -> None:
-    if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
-        raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
-    args.run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
-    started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
-    run_id = os.environ.get("WANDB_RUN_ID", started)
-    template = args.output_dir or f"runs/{args.run_name}-{{run_id}}"
-    args.output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
-
-
-def keep_global_batch(args: Namespace, round_size: int, batch_size: int) -> None:
-    """Set gradient_accumulation_steps so that a resumed run goes on with its global batches on these processes.
+def resolve_output_dir(args: Resolved, recipe: str | None) -> Resolved:
+    """Name the run and its folder.
 
     Raises:
-        UsageError: `round_size`, the rows of one micro-batch on all processes, does not divide `batch_size`.
+        UsageError: resume_from_checkpoint auto, and nothing names the folder.
     """
-    if batch_size % round_size:
-        raise UsageError(
-            f"--per_device_train_batch_size {args.per_device_train_batch_size} cannot make up the run's global batch "
-            f"of {batch_size} rows, {round_size} rows at a time. Choose another size or number of processes."
-        )
-    args.gradient_accumulation_steps = batch_size // round_size
+    if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
+        raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
+    run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
+    started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
+    run_id = os.environ.get("WANDB_RUN_ID", started)
+    template = args.output_dir or f"runs/{run_name}-{{run_id}}"
+    output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
+    return Resolved.of(args, run_name=run_name, output_dir=output_dir)
 
 
-def require_consistent(args: Namespace) -> None:
-    """What no single argument can tell of itself."""
-    has_validation = bool(args.validation_file or args.validation_size)
-    for key in ("load_best_model_at_end", "eval_steps"):
-        if getattr(args, key) and not has_validation:
-            raise UsageError(f"--{key} needs --validation_file or --validation_size.")
-    if args.load_best_model_at_end and not args.eval_steps:
-        raise UsageError("--load_best_model_at_end needs --eval_steps.")
-    if args.selection == "id3" and args.optim != "adamw_torch":
-        raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")
+def resolve_batches(args: Resolved, config: ISTConfig, processes: int, resumed_batch_size: int | None) -> Resolved:
+    """Set the global batch and the rows of a probe; a resumed run keeps its global batch by accumulating otherwise.
+
+    Raises:
+        UsageError: the rows of one micro-batch on all processes do not divide `resumed_batch_size`.
+    """
+    size = args.per_device_train_batch_size
+    round_size, accumulation = size * processes, args.gradient_accumulation_steps
+    if resumed_batch_size:
+        if resumed_batch_size % round_size:
+            raise UsageError(
+                f"--per_device_train_batch_size {size} cannot make up the run's global batch of {resumed_batch_size} "
+                f"rows, {round_size} rows at a time. Choose another size or number of processes."
+            )
+        accumulation = resumed_batch_size // round_size
+    batch_size = round_size * accumulation
+    return Resolved.of(
+        args,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=batch_size,
+        probe_batch_size=config.probe_rows(batch_size),
+        probe_max_length=config.probe_tokens(batch_size, args.max_length),
+    )

@@ -263,16 +263,32 @@ class Progress:
     validation_loss: float | None = None
     best: dict | None = None
 
+    def advance(self, tokens: int) -> None:
+        """A step is finished; its global batch had so many tokens."""
+        self.step += 1
+        self.tokens += tokens
 
-@dataclass
+
 class WholeAdapter:
-    """All that makes up the adapter, what trains and what does not, by name; without one, what trains."""
+    """All that makes up the adapter, what trains and what does not, by name; without one, what trains.
 
-    model: nn.Module
-    trained: dict[str, nn.Parameter]
+    Make it before the first forward: after one without gradients FSDP has other objects in the place of some
+    parameters.
+
+    Args:
+        model: unwrapped, its adapter whole: no layer is frozen yet.
+
+    Attributes:
+        parameters: {name: parameter} of what trains, now or at another step; each parameter once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._trained = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def __call__(self) -> dict[str, Tensor]:
-        return adapter_state(self.model) | self.trained
+        return adapter_state(self.model) | self._trained
 
 
 class Checkpoints:
@@ -280,22 +296,25 @@ class Checkpoints:
 
     Args:
         job: its configuration is kept in each checkpoint.
-        parameters: {name: parameter} of what trains, now or at another step.
         optimizer: torch's, not Accelerate's wrapper of it.
     """
 
     def __init__(
         self,
         job: Job,
-        adapter: "WholeAdapter",
-        parameters: dict[str, nn.Parameter],
+        adapter: WholeAdapter,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
         tuner: SparseTuner,
         extensions: Extension,
     ) -> None:
         self.output_dir, self.folder = job.output_dir, job.output_dir / "checkpoints"
-        self.adapter, self.parameters, self.optimizer, self.scheduler = adapter, parameters, optimizer, scheduler
+        self.adapter, self.parameters, self.optimizer, self.scheduler = (
+            adapter,
+            adapter.parameters,
+            optimizer,
+            scheduler,
+        )
         self.tuner, self.extensions, self.configuration = tuner, extensions, job.configuration
         self.keep = job.args.save_total_limit
         self.write = PartialState().is_main_process

@@ -3,7 +3,6 @@
 import logging
 import math
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer
 
 from ist.loss import IGNORE
 from ist.sampler import seeded_generator
+from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError, brief, require
 
 _INTRO = "Below is an instruction that describes a task"
@@ -43,6 +43,24 @@ TEMPLATES = {
 }
 
 
+KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def _require_readable(key: str, file: str) -> None:
+    """Raises UsageError for a file that is missing, empty, or not of the kind that its name says."""
+    suffix = Path(file).suffix
+    if suffix not in KINDS:
+        raise UsageError(f"--{key} must end in .json, .jsonl or .parquet; got {file}.")
+    if not Path(file).is_file():
+        raise UsageError(f"--{key} {file}: no such file.")
+    with open(file, "rb") as stream:
+        start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start:
+        raise UsageError(f"--{key} {file} is empty.")
+    if KINDS[suffix] == "json" and start[:1] not in (b"[", b"{"):
+        raise UsageError(f"--{key} {file} is not valid {suffix[1:].upper()}: it starts with {start[:20]}.")
+
+
 def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = None) -> Dataset:
     """Rows of JSON, JSONL or Parquet files (one kind), or of the train split of a dataset on the Hub or on disk.
 
@@ -54,21 +72,9 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
             {instruction, output, input (optional)} or {messages}.
     """
     source = dataset_name or ", ".join(files)
-    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     for file in files:
-        if Path(file).suffix not in kinds:
-            raise UsageError(f"--{key} must end in .json, .jsonl or .parquet; got {file}.")
-        if not Path(file).is_file():
-            raise UsageError(f"--{key} {file}: no such file.")
-        with open(file, "rb") as stream:
-            start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if not start:
-            raise UsageError(f"--{key} {file} is empty.")
-        if kinds[Path(file).suffix] == "json" and start[:1] not in (b"[", b"{"):
-            raise UsageError(
-                f"--{key} {file} is not valid {Path(file).suffix[1:].upper()}: it starts with {start[:20]}."
-            )
-    if len({kinds[Path(file).suffix] for file in files}) > 1:
+        _require_readable(key, file)
+    if len({KINDS[Path(file).suffix] for file in files}) > 1:
         raise UsageError(f"--{key} must not mix JSON and Parquet; got {source}.")
     logger = logging.getLogger("datasets")  # what it logs of a bad file, the error below says in one line
     level = logger.level
@@ -77,7 +83,7 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
         if dataset_name:
             rows = datasets.load_dataset(dataset_name, split="train")
         else:
-            rows = datasets.load_dataset(kinds[Path(files[0]).suffix], data_files=list(files), split="train")
+            rows = datasets.load_dataset(KINDS[Path(files[0]).suffix], data_files=list(files), split="train")
     except Exception as error:  # datasets wraps whatever the readers raise; the innermost says what is wrong
         while error.__cause__ is not None:
             error = error.__cause__
@@ -125,38 +131,47 @@ def make_prompt(row: dict, template: str, tokenizer) -> str:
     return TEMPLATES[template][bool(extra)].format(instruction=instruction, input=extra)
 
 
-def _segments(row: dict, template: str, tokenizer) -> list[tuple[str, bool]]:
-    """A row as [(text, whether the model is to learn it)]: prompt and answer, or every turn of a chat."""
+def _turns(row: dict, template: str) -> list[dict]:
+    """A row as chat turns.
+
+    Raises:
+        UsageError: the row has no answer, no instruction, or messages that this template cannot render.
+    """
     if row.get("messages") is None:
         answer = _text(row, "output")
         if not answer.strip():
             raise UsageError("has no answer: output is empty")
         if not _text(row, "instruction").strip() and template != "none":
             raise UsageError("has no instruction")
-        if template != "chat":
-            return [(make_prompt(row, template, tokenizer), False), (answer, True)]
-        messages = [_user_turn(row), {"role": "assistant", "content": answer}]
-    else:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in messages
-        ):
-            raise UsageError('must hold messages as a list of {"role": text, "content": text}')
-        if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
-            raise UsageError("has no answer: no assistant turn with content")
-        if template != "chat":
-            raise UsageError(f"holds messages, which need --prompt_template chat; got {template}")
+        return [_user_turn(row), {"role": "assistant", "content": answer}]
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
+    ):
+        raise UsageError('must hold messages as a list of {"role": text, "content": text}')
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+        raise UsageError("has no answer: no assistant turn with content")
+    if template != "chat":
+        raise UsageError(f"holds messages, which need --prompt_template chat; got {template}")
+    return messages
+
+
+def _segments(row: dict, template: str, tokenizer) -> list[tuple[str, bool]]:
+    """A row as [(text, whether the model is to learn it)]: prompt and answer, or every turn of a chat."""
+    turns = _turns(row, template)
+    if template != "chat":
+        return [(make_prompt(row, template, tokenizer), False), (turns[-1]["content"], True)]
     # Where each turn stands in the whole text: by rendering the conversation up to it.
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, turns)
     segments, end = [], 0
-    for i, turn in enumerate(messages):
+    for i, turn in enumerate(turns):
         if turn["role"] == "assistant":
             if i == 0:  # no template renders an empty conversation
                 before = text[: text.find(turn["content"].strip())]
             else:
-                before = _render(tokenizer, messages[:i], add_generation_prompt=True)
-            after = _render(tokenizer, messages[: i + 1]).rstrip()
+                before = _render(tokenizer, turns[:i], add_generation_prompt=True)
+            after = _render(tokenizer, turns[: i + 1]).rstrip()
             if not (text.startswith(after) and after.startswith(before)):
                 raise UsageError("cannot be split into turns: the chat template rewrites earlier turns")
             segments += [(text[end : len(before)], False), (text[len(before) : len(after)], True)]
@@ -235,7 +250,7 @@ class Data(NamedTuple):
     pad_token_id: int
 
 
-def prepare_data(args: Namespace) -> Data:
+def prepare_data(args: Arguments) -> Data:
     """Rows read, split and tokenised.
 
     Raises:

@@ -1,6 +1,5 @@
 """What a run hands on: an adapter as stock PEFT writes it, or a model as stock transformers does."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from ist.training.arguments import Arguments
 from ist.training.checkpoint import gathered, publish
 
 MODEL_CARD = """---
@@ -31,7 +31,7 @@ MODEL_LOADING = """from transformers import AutoTokenizer, {name}
 model, tokenizer = {name}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
 
 
-def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, summary: dict, write: bool) -> Path:
+def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Arguments, summary: dict, write: bool) -> Path:
     """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
 
     `adapter` is, by name, what PEFT may look for in the model's state_dict.
@@ -49,7 +49,7 @@ def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Namespace, 
     return final
 
 
-def save_model(model: PreTrainedModel, args: Namespace, summary: dict, write: bool) -> Path:
+def save_model(model: PreTrainedModel, args: Arguments, summary: dict, write: bool) -> Path:
     """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
 
     In float32, as weights train: what was validated is what is saved.
@@ -74,7 +74,7 @@ def save_model(model: PreTrainedModel, args: Namespace, summary: dict, write: bo
     return final
 
 
-def _write_card(folder: Path, args: Namespace, summary: dict, library: str, what: str, loading: str) -> None:
+def _write_card(folder: Path, args: Arguments, summary: dict, library: str, what: str, loading: str) -> None:
     card = MODEL_CARD.format(
         base=args.model_name_or_path,
         library=library,

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftConfig
+from peft import AdaLoraConfig
 from torch import Tensor, nn
 
 from ist.adapters.adalora import AdaLoraAllocation
 from ist.selection import StepwiseUnmasking
+from ist.training.job import Job
 from ist.training.resting_state import RestingState
 from ist.tuner import SparseTuner
 
@@ -158,20 +159,15 @@ class Extensions(Extension):
 
 
 def make_extensions(
-    tuner: SparseTuner,
-    peft_config: PeftConfig | None,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    optimizer_state: str,
-    max_steps: int,
+    job: Job, tuner: SparseTuner, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Extensions:
     """Those that this run needs; `optimizer` is torch's, not Accelerate's wrapper of it."""
     members: list[Extension] = []
-    if isinstance(peft_config, AdaLoraConfig):
-        members.append(AdaLora(tuner.model, peft_config))
+    if isinstance(job.peft_config, AdaLoraConfig):
+        members.append(AdaLora(tuner.model, job.peft_config))
     if isinstance(tuner.rule, StepwiseUnmasking):
-        tuner.rule.attach(parameters, optimizer, max_steps)
+        tuner.rule.attach(parameters, optimizer, job.max_steps)
         members.append(Unmasking(tuner.rule, tuner))
-    if optimizer_state != "keep":
-        members.append(Resting(optimizer, tuner, optimizer_state))
+    if job.args.optimizer_state != "keep":
+        members.append(Resting(optimizer, tuner, job.args.optimizer_state))
     return Extensions(members)

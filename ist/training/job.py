@@ -1,6 +1,5 @@
 """A run as main has checked and resolved it."""
 
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,15 @@ from typing import Any
 from peft import PeftConfig
 
 from ist.config import ISTConfig
+from ist.training.arguments import Resolved
 from ist.training.data import Data
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """What main has checked and resolved."""
 
-    args: Namespace
+    args: Resolved
     config: ISTConfig
     data: Data
     peft_config: PeftConfig | None

@@ -11,7 +11,6 @@ what the allocator keeps in reserve, rounding to its blocks.
 
 import math
 import weakref
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from ist.layers import LayerMap
 from ist.loss import token_loss_sum
 from ist.selection import SemanticFreezing, make_rule
 from ist.selection.rule import SelectionRule
+from ist.training.arguments import Resolved
 from ist.training.model import load_skeleton, make_optimizer
 
 PARTS = ("weights", "optimizer", "gradients", "saved", "temporary")
@@ -161,7 +161,7 @@ class StepCounter:
         stored_bytes: {parameter: bytes of an element where it is stored}, which FSDP computes with in another type.
     """
 
-    def __init__(self, model: nn.Module, args: Namespace, batch: dict[str, Tensor], like_gpu: bool) -> None:
+    def __init__(self, model: nn.Module, args: Resolved, batch: dict[str, Tensor], like_gpu: bool) -> None:
         self.model, self.batch = model, batch
         self.stored_bytes = {parameter: parameter.element_size() for parameter in model.parameters()}
         self.max_grad_norm = args.max_grad_norm or math.inf
@@ -380,7 +380,7 @@ def _without_values(padded: bool) -> Iterator[None]:
 
 @contextmanager
 def counting(
-    args: Namespace,
+    args: Resolved,
     peft_config: PeftConfig | None,
     config: PretrainedConfig,
     shape: tuple[int, int],
@@ -398,7 +398,7 @@ def counting(
         UsageError: the adapter cannot be made without weights.
     """
     if args.attn_implementation == "flash_attention_2":
-        args = Namespace(**vars(args) | {"attn_implementation": "sdpa"})
+        args = Resolved.of(args, attn_implementation="sdpa")
     skeleton = load_skeleton(args, peft_config, config)
     stored = [parameter.element_size() for parameter in skeleton.parameters()]
     for parameter in skeleton.parameters() if half else ():

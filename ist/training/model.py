@@ -1,12 +1,13 @@
 """From arguments to a model that trains, and its optimizer; what is wrong with them shows before weights are loaded."""
 
+import math
 import re
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import bitsandbytes
 import torch
@@ -17,6 +18,7 @@ from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -25,6 +27,7 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     PretrainedConfig,
+    get_scheduler,
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -41,12 +44,13 @@ from ist.layers import (
 )
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
+from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, as_usage_error, brief
 from ist.training.data import Data
 from ist.training.peft_config import make_peft_config, require_served
 
 
-def free_base_weights(model: nn.Module, args: Namespace) -> LayerMap:
+def free_base_weights(model: nn.Module, args: Arguments) -> LayerMap:
     """peft_method none: let the text decoder's layers train; what is in no layer (embeddings, head) too where all do.
 
     LISA's description has embeddings and head trained at every step, ID3's has candidates all over the model. For the
@@ -69,29 +73,33 @@ def free_base_weights(model: nn.Module, args: Namespace) -> LayerMap:
     return LayerMap(model, args.layer_stack)
 
 
-def resolve_targets(args: Namespace, model: nn.Module) -> None:
-    """Set args.target_modules where it has its default, and see that each of them names something.
+def resolve_targets(args: Arguments, model: nn.Module) -> Resolved:
+    """Name the modules to adapt where target_modules has its default, and see that each name fits a module.
 
     Raises:
         UsageError: there is no default for this model, or a name fits no module.
     """
     if args.peft_config:
-        return
+        return Resolved.of(args)
     decoder = text_decoder(model)
-    args.target_modules = args.target_modules or default_target_modules(decoder, args.peft_method)
-    if not args.target_modules:
+    targets = args.target_modules or default_target_modules(decoder, args.peft_method)
+    if not targets:
         raise UsageError("--target_modules has no default for this architecture: name the modules to adapt.")
     # Text alone trains here: adapters in a vision tower, or between it and the decoder, would learn nothing.
-    args.exclude_modules = None
+    exclude = None
     if outside_decoder(model):
         (path,) = (path for path, module in model.named_modules() if module is decoder)
-        args.exclude_modules = rf"(?!{re.escape(path)}\.|lm_head).*"
-    names = [f".{name}" for name, _ in model.named_modules()]
-    for target in args.target_modules:
-        if target != "all-linear" and not any(name.endswith(f".{target}") for name in names):
+        exclude = rf"(?!{re.escape(path)}\.|lm_head).*"
+    for target in targets:
+        if target != "all-linear" and not _has_module(model, target):
             raise UsageError(f"--target_modules: the model has no module {target}.")
-    if "all-linear" in args.target_modules and len(args.target_modules) > 1:
+    if "all-linear" in targets and len(targets) > 1:
         raise UsageError("--target_modules all-linear stands alone.")
+    return Resolved.of(args, target_modules=targets, exclude_modules=exclude)
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    return any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules())
 
 
 def _auto_class(config: PretrainedConfig) -> type:
@@ -101,23 +109,46 @@ def _auto_class(config: PretrainedConfig) -> type:
     return AutoModelForImageTextToText
 
 
-def _skeleton(args: Namespace, config: PretrainedConfig, **options) -> nn.Module:
+def _skeleton(args: Arguments, config: PretrainedConfig, **options) -> nn.Module:
     """The model without weights: shapes and types on the meta device."""
     options |= {"attn_implementation": args.attn_implementation, "trust_remote_code": args.trust_remote_code}
     with torch.device("meta"):
         return _auto_class(config).from_config(config, **options)
 
 
-def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedConfig, int]:
-    """(layers that will carry adapters, model config, rows of the embedding), from a skeleton without weights.
+class ModelPlan(NamedTuple):
+    """A model as it will train, known before its weights are loaded.
 
-    What is wrong with a model or an adapter shows here, before weights are loaded; args.dtype and args.target_modules
-    get what their defaults mean for the model.
+    Attributes:
+        args: with the dtype, attention and target modules of this model.
+        layers: those that will carry adapters.
+        vocabulary: rows of the embedding.
+    """
+
+    args: Resolved
+    layers: LayerMap
+    config: PretrainedConfig
+    vocabulary: int
+
+
+def plan_layers(args: Arguments, sharded: bool) -> ModelPlan:
+    """Resolve the arguments by a skeleton without weights: a model or an adapter that is unfit shows here.
 
     Raises:
         UsageError: not a model, not a causal language model, no such target modules, no list of layers, a PEFT method
             that training by layers cannot serve (on a model that is `sharded`).
     """
+    args, config, skeleton = _read_skeleton(args)
+    vocabulary = skeleton.get_input_embeddings().num_embeddings
+    if args.selection.startswith("semantic"):
+        require_comparable(skeleton.get_output_embeddings(), config.get_text_config().hidden_size)
+    if args.peft_method == "none":
+        return ModelPlan(args, _plan_base_weights(args, skeleton), config, vocabulary)
+    return ModelPlan(*_plan_adapter(args, config, skeleton, sharded), config, vocabulary)
+
+
+def _read_skeleton(args: Arguments) -> tuple[Resolved, PretrainedConfig, nn.Module]:
+    """The arguments with the dtype and attention of the model, its configuration, and its skeleton in that dtype."""
     name = f"--model_name_or_path {args.model_name_or_path}"
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
@@ -126,7 +157,7 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
         except ValueError as error:
             if args.attn_implementation != "sdpa" or "does not support an attention implementation" not in str(error):
                 raise
-            args.attn_implementation = "eager"  # Gemma 2, GPT-J, BLOOM have no other
+            args = Resolved.of(args, attn_implementation="eager")  # Gemma 2, GPT-J, BLOOM have no other
             model = _skeleton(args, config)
     except Exception as error:  # whatever transformers raises here, it is about the model that was named
         if "trust_remote_code" in str(error):
@@ -135,34 +166,37 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
     folder = Path(args.model_name_or_path)
     if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
         raise UsageError(f"{name} holds no weights (no .safetensors or .bin file).")
-    if args.dtype == "auto" and config.dtype == torch.float16:
+    dtype = args.dtype
+    if dtype == "auto" and config.dtype == torch.float16:
         raise UsageError(f"{name} has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
-    if args.dtype == "auto" and config.dtype is not None:
-        args.dtype = str(config.dtype).removeprefix("torch.")
-    if args.dtype != "auto":
-        model = model.to(getattr(torch, args.dtype))
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if args.selection.startswith("semantic"):
-        require_comparable(model.get_output_embeddings(), config.get_text_config().hidden_size)
-    if args.peft_method == "none":
-        return _plan_base_weights(args, model), config, vocabulary
+    if dtype == "auto" and config.dtype is not None:
+        dtype = str(config.dtype).removeprefix("torch.")
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    return Resolved.of(args, dtype=dtype), config, model
+
+
+def _plan_adapter(
+    args: Resolved, config: PretrainedConfig, skeleton: nn.Module, sharded: bool
+) -> tuple[Resolved, LayerMap]:
+    """The arguments with their target modules, and the layers of the skeleton with its adapter."""
     defaults = not args.target_modules and args.peft_method == "lora"
-    resolve_targets(args, model)
+    args = resolve_targets(args, skeleton)
     peft_config = make_peft_config(args)
     require_served(peft_config, args, sharded)
-    names = [f".{name}" for name, _ in model.named_modules()]
     for whole in getattr(peft_config, "modules_to_save", None) or ():
-        if not any(name.endswith(f".{whole}") for name in names):
+        if not _has_module(skeleton, whole):
             raise UsageError(f"--peft_config {args.peft_config}: modules_to_save: the model has no module {whole}.")
     stands_in = False
     try:
         with _adapter_errors(args):
-            model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+            model = get_peft_model(skeleton, peft_config, low_cpu_mem_usage=True)
     except UsageError as error:
         if defaults and "fused into" in str(error.__cause__):  # experts, whose matrices LoRA takes by parameter only
-            args.target_modules = [target for target in args.target_modules if target in ATTENTION]
-            if args.target_modules:
-                return plan_layers(args, sharded)
+            attention = [target for target in args.target_modules if target in ATTENTION]
+            if attention:
+                args, _, skeleton = _read_skeleton(Resolved.of(args, target_modules=attention))
+                return _plan_adapter(args, config, skeleton, sharded)
         if "meta" not in str(error.__cause__):
             raise
         # A method that starts from the base weights (SHiRA, FRoD): LoRA on the same modules stands in for it here.
@@ -180,10 +214,10 @@ def plan_layers(args: Namespace, sharded: bool) -> tuple[LayerMap, PretrainedCon
                 "layers share trainable parameters, which cannot be sharded layer by layer; use "
                 "accelerate_configs/ddp.yaml."
             )
-    return layers, config, vocabulary
+    return args, layers
 
 
-def _plan_base_weights(args: Namespace, model: nn.Module) -> LayerMap:
+def _plan_base_weights(args: Arguments, model: nn.Module) -> LayerMap:
     """The layers of a skeleton whose own weights train.
 
     Raises:
@@ -202,7 +236,7 @@ def _plan_base_weights(args: Namespace, model: nn.Module) -> LayerMap:
     return layers
 
 
-def _require_fine(args: Namespace, model: nn.Module) -> None:
+def _require_fine(args: Arguments, model: nn.Module) -> None:
     """Refuse to train in a type in which small steps are lost in silence."""
     coarse = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if coarse and not args.bf16:
@@ -213,7 +247,7 @@ def _require_fine(args: Namespace, model: nn.Module) -> None:
 
 
 @contextmanager
-def _adapter_errors(args: Namespace) -> Iterator[None]:
+def _adapter_errors(args: Arguments) -> Iterator[None]:
     """Each PEFT method has its own ways to say that a model or a value does not suit it: one line, naming the key."""
     key = f"--peft_config {args.peft_config}" if args.peft_config else "--target_modules"
     try:
@@ -242,7 +276,7 @@ def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> No
         )
 
 
-def _quantization(args: Namespace) -> BitsAndBytesConfig:
+def _quantization(args: Arguments) -> BitsAndBytesConfig:
     """NF4 with double quantisation, computed in args.dtype, or in bfloat16 under mixed precision."""
     dtype = torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32
     return BitsAndBytesConfig(
@@ -254,7 +288,7 @@ def _quantization(args: Namespace) -> BitsAndBytesConfig:
     )
 
 
-def load_model(args: Namespace, peft_config: PeftConfig | None, device: torch.device) -> nn.Module:
+def load_model(args: Arguments, peft_config: PeftConfig | None, device: torch.device) -> nn.Module:
     """The model with its adapter, or with its own weights to train; in train mode, what trains in float32."""
     options = {"dtype": args.dtype}
     if args.load_in_4bit:
@@ -277,7 +311,7 @@ def load_model(args: Namespace, peft_config: PeftConfig | None, device: torch.de
     return _made_to_train(base, args, peft_config)
 
 
-def load_skeleton(args: Namespace, peft_config: PeftConfig | None, config: PretrainedConfig) -> nn.Module:
+def load_skeleton(args: Arguments, peft_config: PeftConfig | None, config: PretrainedConfig) -> nn.Module:
     """What `load_model` gives, on the meta device. Its 4-bit weights have their unpacked shapes.
 
     Raises:
@@ -296,7 +330,7 @@ def load_skeleton(args: Namespace, peft_config: PeftConfig | None, config: Pretr
     return _made_to_train(base, args, deepcopy(peft_config), low_cpu_mem_usage=True)
 
 
-def _made_to_train(base: nn.Module, args: Namespace, peft_config: PeftConfig | None, **options) -> nn.Module:
+def _made_to_train(base: nn.Module, args: Arguments, peft_config: PeftConfig | None, **options) -> nn.Module:
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with _adapter_errors(args):
@@ -314,7 +348,7 @@ def _made_to_train(base: nn.Module, args: Namespace, peft_config: PeftConfig | N
     return model.train()
 
 
-def make_optimizer(args: Namespace, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     kinds = {
         "adamw_torch": PackedAdamW if args.selection == "id3" else torch.optim.AdamW,
         "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
@@ -324,10 +358,19 @@ def make_optimizer(args: Namespace, parameters: list[nn.Parameter]) -> torch.opt
     return kinds[args.optim](parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
 
 
+def warmup_steps(args: Arguments, max_steps: int) -> int:
+    """Steps of linear warm-up; below 1, warmup_steps is a share of all steps."""
+    return int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
+
+
+def make_scheduler(args: Arguments, optimizer: torch.optim.Optimizer, max_steps: int) -> LRScheduler:
+    return get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps(args, max_steps), max_steps)
+
+
 def prepare(
-    args: Namespace, peft_config: PeftConfig | None, accelerator: Accelerator
-) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """(model, optimizer over all that ever trains), as Accelerate prepares them; `unwrap_model` gives the model.
+    args: Arguments, peft_config: PeftConfig | None, accelerator: Accelerator
+) -> tuple[nn.Module, nn.Module, AcceleratedOptimizer]:
+    """(model as Accelerate prepares it, the same unwrapped, optimizer over all that ever trains).
 
     Raises:
         RuntimeError: FSDP is on and has not sharded the model.
@@ -346,4 +389,4 @@ def prepare(
         del peft_model.forward
     if sharded:
         require_sharded(peft_model)
-    return model, optimizer
+    return model, peft_model, optimizer

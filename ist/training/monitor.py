@@ -7,34 +7,31 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ist.distributed import (
-    all_finite,
-    full_tensor,
-    reduce_sum,
-)
+from ist.distributed import all_finite, full_tensor, reduce_sum
 from ist.training.checkpoint import Checkpoints, Progress
-from ist.training.extensions import Extension
 from ist.training.job import Job
+from ist.training.model import warmup_steps
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
-from ist.training.record import (
-    RunRecord,
-    peak_memory_bytes,
-)
-from ist.tuner import SparseTuner
+from ist.training.record import RunRecord, peak_memory_bytes
 
 
 class ProgressBar:
     """A bar on a terminal, lines elsewhere; of the main process."""
 
-    def __init__(self, accelerator: Accelerator, total: int, done: int) -> None:
-        quiet = not (accelerator.is_main_process and sys.stderr.isatty())
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=quiet)
-        self.say = accelerator.print if quiet else self._bar.write
+    def __init__(self, accelerator: Accelerator, total: int) -> None:
+        self._total, self._quiet = total, not (accelerator.is_main_process and sys.stderr.isatty())
+        self.say = accelerator.print
+
+    def start(self, done: int) -> None:
+        """From `done` finished steps on."""
+        self._bar = tqdm(total=self._total, initial=done, unit="step", disable=self._quiet)
         self.update, self.close = self._bar.update, self._bar.close
+        if not self._quiet:
+            self.say = self._bar.write
 
 
 class Monitor:
@@ -47,12 +44,26 @@ class Monitor:
         objective: Objective,
         record: RunRecord,
         checkpoints: Checkpoints,
-        parameters: dict[str, nn.Parameter],
-        bar: ProgressBar,
         observer: Observer,
     ) -> None:
         self.job, self.accelerator, self.objective, self.record = job, accelerator, objective, record
-        self.checkpoints, self.parameters, self.bar, self.observer = checkpoints, parameters, bar, observer
+        self.checkpoints, self.observer = checkpoints, observer
+        self.bar = ProgressBar(accelerator, job.max_steps)
+
+    def begin(self, progress: Progress, semantic: dict | None) -> None:
+        """Say what runs, and measure the first validation loss of a run that begins.
+
+        Args:
+            semantic: what a semantic rule saw before training.
+        """
+        tuner = self.checkpoints.tuner
+        if semantic:
+            self.record.semantic(semantic, tuner.rule.counts)
+        lines = description(self.job, self.accelerator, self.checkpoints, progress.step, semantic)
+        self.accelerator.print("\n".join(lines))
+        self.bar.start(progress.step)
+        if self.job.data.validation and progress.step == 0:
+            self.validate(progress)
 
     def after_step(
         self,
@@ -136,7 +147,7 @@ class Monitor:
         return numbers
 
     def require_finite(self, progress: Progress) -> None:
-        if not all_finite(self.parameters.values(), self.accelerator.device):
+        if not all_finite(self.checkpoints.parameters.values(), self.accelerator.device):
             what = f"a trained weight is not finite after step {progress.step}"
             raise FloatingPointError(f"{what}; {self.checkpoints.last()}")
 
@@ -155,23 +166,18 @@ class Monitor:
         progress.validation_loss = loss
 
 
-def announce(
-    job: Job,
-    accelerator: Accelerator,
-    tuner: SparseTuner,
-    extensions: Extension,
-    parameters: dict[str, nn.Parameter],
-    done: int,
-    semantic: dict | None,
-    warmup: int,
-) -> None:
-    """What a run says of itself at its start."""
-    args, max_steps, data = job.args, job.max_steps, job.data
+def description(
+    job: Job, accelerator: Accelerator, checkpoints: Checkpoints, done: int, semantic: dict | None
+) -> list[str]:
+    """The lines at the start of a run: model, rows, folder, and settings that a user may not have meant."""
+    args, max_steps, data, tuner = job.args, job.max_steps, job.data, checkpoints.tuner
+    warmup = warmup_steps(args, max_steps)
     n_layers, n_trained, _ = tuner.rule.counts
     device, world_size = accelerator.device, accelerator.num_processes
+    count = sum(parameter.numel() for parameter in checkpoints.parameters.values())
     lines = [
         f"{args.model_name_or_path}: {n_layers} layers, {n_trained} trained per step (selection {args.selection}), "
-        f"{sum(p.numel() for p in parameters.values()):,} {'adapter' if job.peft_config else 'trainable'} parameters, "
+        f"{count:,} {'adapter' if job.peft_config else 'trainable'} parameters, "
         f"on {device.type}, {args.attn_implementation} attention",
         f"{len(data.rows)} training rows ({data.dropped} dropped: nothing of their answer within --max_length), "
         f"{len(data.validation or ())} validation rows; steps {done} to {max_steps} of {job.batch_size} rows",
@@ -185,7 +191,7 @@ def announce(
             f"Layers up to {boundary} are frozen for good; gains are {min(gains):.3f} to {max(gains):.3f}, that of the "
             "boundary " + (f"{gains[boundary]:.3f}" if boundary >= 0 else "none: no layer is")
         )
-    lines += extensions.messages(max_steps)
+    lines += checkpoints.extensions.messages(max_steps)
     if tuner.layers.outside and args.selection != "id3":
         names = ", ".join(tuner.layers.outside[:5]) + (", …" if len(tuner.layers.outside) > 5 else "")
         lines.append(f"In no layer, or shared by several, so trained at every step: {names}")
@@ -193,4 +199,4 @@ def announce(
             lines.append("What these need of the layers below the trained ones is kept for the backward as well.")
     if warmup >= max_steps:
         lines.append(f"All {max_steps} steps are within the warm-up of {warmup}; --warmup_steps sets it.")
-    accelerator.print("\n".join(lines))
+    return lines

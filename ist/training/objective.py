@@ -16,6 +16,7 @@ from ist.distributed import GradientReducer, reduce_sum
 from ist.loss import token_loss_sum, total_loss
 from ist.sampler import seeded_generator
 from ist.suppression import evaluation_mode
+from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError
 from ist.training.data import Data, GlobalBatches, micro_batches, predicted_tokens, probe_rows
 
@@ -37,7 +38,6 @@ class Objective:
     Args:
         model: prepared by Accelerate; losses go through it unwrapped.
         parameters: all that ever trains.
-        args: resolved arguments of the run.
     """
 
     def __init__(
@@ -46,16 +46,15 @@ class Objective:
         model: nn.Module,
         parameters: Sequence[nn.Parameter],
         data: Data,
-        args: Any,
+        args: Resolved,
         config: ISTConfig,
-        batch_size: int,
     ) -> None:
         self.accelerator, self.model, self.data, self.args, self.config = accelerator, model, data, args, config
         self.unwrapped = accelerator.unwrap_model(model)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self._lengths = [len(ids) for ids in data.rows["input_ids"]]
         self._predicted = [predicted_tokens(labels) for labels in data.rows["labels"]]
-        self._stream = GlobalBatches(len(data.rows), batch_size, config.seed)
+        self._stream = GlobalBatches(len(data.rows), args.global_batch_size, config.seed)
         self._reducer = GradientReducer(() if self.sharded else parameters)
 
     def batches(
@@ -113,23 +112,21 @@ class Objective:
         """Now every gradient is the sum over ranks."""
         self._reducer.finish()
 
-    def first_forward(self) -> None:
-        """FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all."""
+    def first_forward(self, resumed: bool) -> None:
+        """FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
+
+        Raises:
+            UsageError: rows would be packed, and the model gives packed rows another loss; of a run that begins.
+        """
         if self.sharded:
             with evaluation_mode(self.unwrapped):
                 self.loss_over(self.data.rows, [0])
+        # Later, trained weights round further apart in bfloat16, and the comparison no longer shows a leak.
+        if self.args.packing and not resumed:
+            self._require_packing_alike()
 
-    def require_packing_alike(self, batch_size: int) -> None:
-        """Prove that the model gives packed rows the loss that they have one by one.
-
-        When a run begins: what is trained since rounds further apart in bfloat16, and no longer tells a leak.
-
-        Raises:
-            UsageError: it does not.
-        """
-        if not self.args.packing:
-            return
-        rows = range(min(len(self.data.rows), batch_size))
+    def _require_packing_alike(self) -> None:
+        rows = range(min(len(self.data.rows), self.args.global_batch_size))
         with evaluation_mode(self.unwrapped):
             packed, unpacked = (
                 reduce_sum(self.loss_over(self.data.rows, rows, None, packing)) for packing in (True, False)

@@ -1,7 +1,6 @@
 """From the adapter keys, or a file of PEFT's, to a PEFT configuration; which methods are refused, and why."""
 
 import json
-from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -11,6 +10,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ist.adapters import ParallelConfig, SeriesConfig
+from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, brief
 
 NO_LAYER_RESPONSE = {
@@ -31,7 +31,7 @@ NEEDS_PLAIN_WEIGHTS = {
 }
 
 
-def _read_peft_config(args: Namespace, total_steps: int) -> PeftConfig:
+def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
     """The PEFT configuration of args.peft_config.
 
     Raises:
@@ -86,7 +86,7 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
 
 
-def require_served(config: PeftConfig, args: Namespace, sharded: bool) -> None:
+def require_served(config: PeftConfig, args: Arguments, sharded: bool) -> None:
     """Refuse methods without a response per layer, and those that would train otherwise than their papers say.
 
     Raises:
@@ -121,7 +121,7 @@ def require_served(config: PeftConfig, args: Namespace, sharded: bool) -> None:
     raise UsageError(f"--peft_config {args.peft_config}: {config.peft_type.value} is not served: {reason}.")
 
 
-def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig | None:
+def make_peft_config(args: Arguments, total_steps: int = 10**9) -> PeftConfig | None:
     """The adapter that the arguments describe, if any; `total_steps` is for methods with a schedule (AdaLoRA).
 
     Raises:
@@ -138,7 +138,7 @@ def make_peft_config(args: Namespace, total_steps: int = 10**9) -> PeftConfig | 
         config_class = LoraConfig
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
-    excluded = args.exclude_modules
+    excluded = args.exclude_modules if isinstance(args, Resolved) else None
     return config_class(**options, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM")
 
 

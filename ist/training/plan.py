@@ -5,8 +5,7 @@ topology.
 """
 
 import os
-from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ist.config import ISTConfig
+from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError, brief, markdown_table
 from ist.training.data import Data
 from ist.training.memory import (
@@ -31,6 +31,7 @@ from ist.training.memory import (
     storage_bytes,
     weight_tensors,
 )
+from ist.training.model import ModelPlan
 from ist.training.peft_config import require_served
 
 
@@ -103,18 +104,32 @@ class Prediction:
     mean_peak: int
 
 
-def predict(
-    args: Namespace,
-    ist_config: ISTConfig,
-    peft_config: PeftConfig | None,
-    config: PretrainedConfig,
-    n_layers: int,
-    shape: tuple[int, int],
-    padded: bool,
-    topology: Topology,
-    like_gpu: bool,
-) -> Prediction:
-    """Peak memory per device of the run that the arguments describe, its micro-batches being of `shape`.
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run whose memory is to be predicted.
+
+    Attributes:
+        config: the model's.
+        shape: rows and tokens of the largest micro-batch; `padded`: its rows can differ in length.
+        like_gpu: count as on a GPU; else as on a CPU.
+    """
+
+    args: Resolved
+    ist_config: ISTConfig
+    peft_config: PeftConfig | None
+    config: PretrainedConfig
+    n_layers: int
+    shape: tuple[int, int]
+    padded: bool
+    topology: Topology
+    like_gpu: bool
+
+    def with_keys(self, **values: Any) -> "PlannedRun":
+        return replace(self, args=Resolved.of(self.args, **values))
+
+
+def predict(run: PlannedRun) -> Prediction:
+    """Peak memory per device of a run.
 
     Not in it: what torch.compile changes, and `probe: gradient`, whose backward goes through every layer.
 
@@ -122,13 +137,14 @@ def predict(
         UsageError: the adapter cannot be made without weights, the model cannot be followed without values, or what
             trains is scalars that gradients choose.
     """
-    if ist_config.selection == "id3":
+    if run.ist_config.selection == "id3":
         raise UsageError("--plan knows layers, --selection id3 chooses scalars: plan it as --selection all.")
-    draws, costliest = layers_that_train(ist_config, n_layers)
+    n_layers, topology = run.n_layers, run.topology
+    draws, costliest = layers_that_train(run.ist_config, n_layers)
     ever = set().union(costliest, *draws)
     try:
-        half = topology.sharded and args.bf16
-        with counting(args, peft_config, config, shape, padded, like_gpu, half) as counter:
+        half = topology.sharded and run.args.bf16
+        with counting(run.args, run.peft_config, run.config, run.shape, run.padded, run.like_gpu, half) as counter:
             step = counter.step(costliest, ever)
             mean_saved = step.saved
             if any(draw != costliest for draw in draws):
@@ -148,77 +164,45 @@ def predict(
     return Prediction(step, round(step.peak - step.at_peak["saved"] * (1 - mean_saved / step.saved)))
 
 
-def _changes(
-    args: Namespace, peft_config: PeftConfig | None, shape: tuple[int, int], topology: Topology
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What makes a run smaller and leaves its mathematics, or nearly: (flags, changes to `predict`'s arguments)."""
+def _changes(run: PlannedRun) -> Iterator[tuple[str, Callable[[PlannedRun], PlannedRun]]]:
+    """(flags, change) of whatever makes a run smaller and leaves its mathematics, or nearly."""
+    args, topology = run.args, run.topology
 
-    def flags(**values: Any) -> tuple[str, dict[str, Any]]:
+    def flags(**values: Any) -> tuple[str, Callable[[PlannedRun], PlannedRun]]:
         text = " ".join(f"--{key} {str(value).lower()}" for key, value in values.items())
-        return text, {"args": values}
+        return text, lambda run: run.with_keys(**values)
 
     if args.attn_implementation == "eager":
         yield flags(attn_implementation="sdpa")
     if not args.gradient_checkpointing:
         yield flags(gradient_checkpointing=True)
-    if shape[0] > 1:
+    if run.shape[0] > 1:
         accumulation = args.gradient_accumulation_steps * args.per_device_train_batch_size
-        text, _ = flags(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation)
-        yield text, {"shape": (1, shape[1]), "padded": False}
+        text, change = flags(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation)
+        yield text, lambda run: replace(change(run), shape=(1, run.shape[1]), padded=False)
     if topology.ranks > 1 and not topology.sharded and not args.load_in_4bit and args.optim.startswith("adamw_torch"):
-        yield "accelerate_configs/fsdp2.yaml", {"topology": replace(topology, sharded=True)}
+        yield "accelerate_configs/fsdp2.yaml", lambda run: replace(run, topology=replace(topology, sharded=True))
     if args.optimizer_state == "keep" and not args.optim.endswith("8bit"):
         yield flags(optimizer_state="offload")
     if args.peft_method == "none" and args.optim == "adamw_torch" and topology.ranks == 1:
         yield flags(optim="adamw_8bit")
-    if peft_config and args.dtype in ("auto", "float32") and not args.load_in_4bit:
+    if run.peft_config and args.dtype in ("auto", "float32") and not args.load_in_4bit:
         yield flags(dtype="bfloat16")
-    if peft_config and not args.load_in_4bit:
+    if run.peft_config and not args.load_in_4bit:
         text, change = flags(load_in_4bit=True)
         with suppress(UsageError):  # of a method that computes with the base weights themselves
-            require_served(peft_config, Namespace(**vars(args) | change["args"]), topology.sharded)
+            require_served(run.peft_config, change(run).args, topology.sharded)
             yield text, change
 
 
-def plan(
-    args: Namespace,
-    ist_config: ISTConfig,
-    peft_config: PeftConfig | None,
-    config: PretrainedConfig,
-    n_layers: int,
-    shape: tuple[int, int],
-    padded: bool,
-    topology: Topology,
-    like_gpu: bool,
-) -> str:
-    """What `train_ist.py --plan true` prints: the prediction by part, whether it fits, else what to change first.
-
-    Args:
-        shape: rows and tokens of the largest micro-batch; `padded`: its rows can differ in length.
-        like_gpu: count as on a GPU; else as on a CPU.
-    """
-    given = {"args": args, "shape": shape, "padded": padded, "topology": topology}
-
-    def predicted(changes: Iterable[dict[str, Any]]) -> Prediction:
-        options = dict(given)
-        for change in changes:
-            keys = {"args": Namespace(**vars(options["args"]) | change["args"])} if "args" in change else {}
-            options |= change | keys
-        return predict(
-            ist_config=ist_config,
-            peft_config=peft_config,
-            config=config,
-            n_layers=n_layers,
-            like_gpu=like_gpu,
-            **options,
-        )
-
-    found = predicted([])
-    step = found.step
+def plan(run: PlannedRun) -> str:
+    """The lines of `train_ist.py --plan true`: the prediction by part, whether it fits, else the changes that help."""
+    found = predict(run)
+    step, topology = found.step, run.topology
     how = "sharded over" if topology.sharded else "whole on each of"
     lines = [
         f"Predicted memory per device, model {how} {topology.ranks} device{'s' * (topology.ranks > 1)}, micro-batches "
-        f"of {shape[0]} x {shape[1]} tokens:",
+        f"of {run.shape[0]} x {run.shape[1]} tokens:",
         "",
         *markdown_table(
             ["part", "largest, GB", "at the peak, GB"],
@@ -239,14 +223,14 @@ def plan(
     verdict = f"of {_gb(topology.device_bytes)} GB a device has, {_gb(usable)} can be used"
     if step.peak <= usable:
         return "\n".join([*lines, f"It fits: {verdict}."])
-    rows, changes = [], []
-    for text, change in _changes(args, peft_config, shape, topology):
-        peak = predicted([change]).step.peak
+    rows, all_changed, helped = [], run, 0
+    for text, change in _changes(run):
+        peak = predict(change(run)).step.peak
         if peak < step.peak:
             rows.append([text, _gb(peak), "yes" if peak <= usable else "no"])
-            changes.append(change)
-    if len(changes) > 1:
-        peak = predicted(changes).step.peak
+            all_changed, helped = change(all_changed), helped + 1
+    if helped > 1:
+        peak = predict(all_changed).step.peak
         rows.append(["all of these", _gb(peak), "yes" if peak <= usable else "no"])
     lines += [f"It does not fit: {verdict}. What to change, and the peak it gives:", ""]
     return "\n".join([*lines, *markdown_table(["change", "peak, GB", "fits"], rows)])
@@ -258,19 +242,14 @@ def _gb(size: float) -> str:
 
 
 def plan_run(
-    args: Namespace,
-    ist_config: ISTConfig,
-    peft_config: PeftConfig | None,
-    config: PretrainedConfig,
-    n_layers: int,
-    data: Data,
-    accelerator: Accelerator,
+    planned: ModelPlan, ist_config: ISTConfig, peft_config: PeftConfig | None, data: Data, accelerator: Accelerator
 ) -> str:
     """`plan` of a run on these rows and processes: its largest micro-batch holds the longest row."""
+    args, gpu = planned.args, accelerator.device.type == "cuda"
     lengths = [len(ids) for ids in data.rows["input_ids"]]
-    rows, gpu = args.per_device_train_batch_size, accelerator.device.type == "cuda"
+    rows = args.per_device_train_batch_size
     shape, padded = (rows, max(lengths)), rows > 1 and len(set(lengths)) > 1
-    if args.packing:  # at the most; the mask keeps rows apart
+    if args.packing:  # at the most; the mask separates the rows
         shape, padded = (1, rows * max(lengths)), rows > 1
     if gpu:
         device_bytes = torch.cuda.get_device_properties(accelerator.device).total_memory
@@ -278,4 +257,8 @@ def plan_run(
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         device_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
     topology = Topology(accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, device_bytes)
-    return plan(args, ist_config, peft_config, config, n_layers, shape, padded, topology, gpu)
+    run = PlannedRun(
+        *(args, ist_config, peft_config, planned.config, planned.layers.n_layers),
+        *(shape, padded, topology, gpu),
+    )
+    return plan(run)

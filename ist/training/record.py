@@ -210,7 +210,13 @@ class RunRecord:
             self._lock = _lock(output_dir)
             write_json(output_dir / RUN, self.summary)
 
-    def start_trackers(self, run_name: str) -> None:
+    def open(self, step: int, run_name: str) -> None:
+        """The run goes on after `step` finished steps. All ranks wait until its files are so."""
+        self._rewind(step)
+        self.accelerator.wait_for_everyone()
+        self._start_trackers(run_name)
+
+    def _start_trackers(self, run_name: str) -> None:
         """Start the trackers the accelerator was made with.
 
         W&B: the project is WANDB_PROJECT, else "ist"; the group WANDB_RUN_GROUP, else `run_name`; the job type
@@ -240,7 +246,7 @@ class RunRecord:
             for line in sorted(lines, key=lambda line: line["step"]):
                 self._track(self.accelerator.log, tracked_values(line), step=line["step"])
 
-    def rewind(self, step: int) -> None:
+    def _rewind(self, step: int) -> None:
         """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""
         if not self.main:
             return
