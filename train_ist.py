@@ -42,10 +42,10 @@ from ist.training.record import (
     differing_keys,
     environment,
     is_finished_run,
-    require_tracker,
     require_writable,
 )
 from ist.training.signals import StopRequest
+from ist.training.trackers import require_tracker
 from ist.tuner import SparseTuner
 
 # ------------------------------------------------------------------------------------------------------ what is checked

@@ -5,12 +5,13 @@ importing `ist` costs nothing that is not needed.
 """
 
 import importlib
+from typing import Any
 
 _HOME = {"ISTConfig": "config", "ImportanceSampler": "sampler", "SparseTuner": "tuner", "ISTCallback": "callback"}
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ist' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ist.{_HOME[name]}"), name)

@@ -23,9 +23,9 @@ from transformers.trainer_callback import ExportableState
 
 from ist.config import ISTConfig
 from ist.layers import drop_input_grad_hooks
-from ist.training.data import probe_rows
-from ist.training.figures import plot_importance
-from ist.training.record import IMPORTANCE, PICTURE, importance_values, keep_lines, read_lines
+from ist.probe import probe_rows
+from ist.training.files import IMPORTANCE, PICTURE, keep_lines, read_lines, write_json
+from ist.training.trackers import importance_values
 from ist.tuner import SparseTuner
 
 
@@ -94,7 +94,7 @@ class ISTCallback(TrainerCallback, ExportableState):
             layers, (n_layers, n_trained, _) = self.tuner.layers, self.tuner.rule.counts
             print(f"IST: {n_layers} layers, {n_trained} trained per step (selection {self.config.selection})")
             if semantic:
-                (Path(args.output_dir) / "semantic.json").write_text(json.dumps(semantic) + "\n")
+                write_json(Path(args.output_dir) / "semantic.json", semantic)
             if layers.outside:
                 print(f"In no layer, or shared by several, so trained at every step: {', '.join(layers.outside[:5])}")
 
@@ -135,6 +135,8 @@ class ISTCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.tuner.release()
         if state.is_world_process_zero:
+            from ist.training.figures import plot_importance  # here: matplotlib is wanted at the end alone
+
             output_dir = Path(args.output_dir)
             updates, counts = read_lines(output_dir / IMPORTANCE), self.tuner.trained_counts
             plot_importance(

@@ -41,18 +41,17 @@ def parse_count(key: str, value: Count | str) -> Count:
     """
     allowed = "a fraction in (0, 1), a count of 1 or more, or all"
     if value == "all":
-        return value
-    if isinstance(value, str):
-        try:
-            value = float(value) if re.search(r"[.eE]", value) else int(value)
-        except ValueError:
-            check(False, key, allowed, value)
-    if isinstance(value, float) and value == 1:
+        return "all"
+    try:
+        number = (float(value) if re.search(r"[.eE]", value) else int(value)) if isinstance(value, str) else value
+    except ValueError:
+        number = 0
+    if isinstance(number, float) and number == 1:
         raise ConfigError(f"`{key}=1.0` is ambiguous: write 1 for one layer, all for every layer.", key)
-    fraction = isinstance(value, float) and 0 < value < 1
-    count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    fraction = isinstance(number, float) and 0 < number < 1
+    count = isinstance(number, int) and not isinstance(number, bool) and number >= 1
     check(fraction or count, key, allowed, value)
-    return value
+    return number
 
 
 def resolve_count(key: str, value: Count, total: int, floor: bool, of: str) -> int:

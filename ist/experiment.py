@@ -42,10 +42,11 @@ from ist.report.tables import joined, listed, publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, markdown_table, parse_arguments, require, run_command
 from ist.training.data import load_rows
 from ist.training.figures import plot_importance_panels
+from ist.training.files import IMPORTANCE, METRICS, keep_lines, read_lines
 from ist.training.memory import SavedByLayer, counting
 from ist.training.model import plan_layers
 from ist.training.peft_config import make_peft_config
-from ist.training.record import IMPORTANCE, METRICS, differing_keys, keep_lines, read_lines, read_run, require_writable
+from ist.training.record import differing_keys, read_run, require_writable
 
 ROOT = Path(__file__).parent.parent
 BESIDE = 3  # arms that are timed beside the first one at once: all are in memory

@@ -1,6 +1,7 @@
 """The training loss: cross entropies summed over predicted tokens, and how many tokens those are."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         size = _chunk_rows(logits)
         logsumexp = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
@@ -37,7 +38,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, labels, logsumexp = ctx.saved_tensors
         size, result = _chunk_rows(logits), torch.empty_like(logits)
         parts = (tensor.split(size) for tensor in (logits, labels, logsumexp, result))

@@ -5,22 +5,28 @@ every candidate set. `batches()` is this rank's share of the probe rows, the sam
 `suppression.evaluation_mode`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
-from peft import PeftType
 from torch import Tensor, nn
 
+from ist.adapters.support import ROW_GATES, limit
 from ist.layers import LayerMap
 from ist.loss import Loss, predicted_tokens, row_loss_sums, token_loss, total_loss
+from ist.sampler import seeded_generator
 from ist.suppression import RowsMixed, suppress
 
-# Methods whose response to a row depends on the other rows of the batch: Lily's router takes means over all of it.
-ROWS_MIX = {PeftType.LILY}
-
-
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
+
+
+def probe_rows(n_rows: int, count: int, seed: int, step: int | str) -> list[int]:
+    """`count` distinct row indices (all rows when there are fewer) for the importance update of `step`.
+
+    Those of `step` "calibration" are for what is measured before training.
+    """
+    return torch.randperm(n_rows, generator=seeded_generator(seed, step, "probe"))[:count].tolist()
 
 
 def one_by_one(
@@ -52,7 +58,7 @@ def stacked(
     One by one where rows cannot have a gate each, and with a loss that is not `token_loss`.
     """
     sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=next(model.parameters()).device)
-    mixed = loss is not token_loss or any(config.peft_type in ROWS_MIX for config in model.peft_config.values())
+    mixed = loss is not token_loss or any(limit(config, ROW_GATES) for config in model.peft_config.values())
     flash = not mixed and "flash" in str(model.config._attn_implementation)  # it knows packed rows by a batch of one
     for batch in batches():
         try:
@@ -61,7 +67,7 @@ def stacked(
             sums[:, 0] += _stacked_losses(model, layers, candidates, beta, batch)
             sums[:, 1] += predicted_tokens(model, batch)
         except RowsMixed:
-            sums += one_by_one(model, layers, candidates, beta, lambda batch=batch: [batch], loss)
+            sums += one_by_one(model, layers, candidates, beta, partial(list, [batch]), loss)
     return sums
 
 
@@ -81,7 +87,7 @@ def _stacked_losses(
 
 
 @contextmanager
-def _all_frozen(model: nn.Module):
+def _all_frozen(model: nn.Module) -> Iterator[None]:
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -50,13 +50,13 @@ def _gate(module: BaseTunerLayer, gate: float | Tensor, length: int) -> list[Rem
         raise ValueError("an adapter is merged into its base layer; unmerge it before measuring importance")
     base_calls: list[tuple[Tensor | None, Tensor, int]] = []
 
-    def forget(module, args):
+    def forget(module: nn.Module, args: tuple) -> None:
         base_calls.clear()
 
-    def capture(base_layer, args, output):
+    def capture(base_layer: nn.Module, args: tuple, output: Tensor) -> None:
         base_calls.append((args[0] if args else None, output, output._version))
 
-    def interpolate(module, args, kwargs, adapted):
+    def interpolate(module: BaseTunerLayer, args: tuple, kwargs: dict, adapted: Tensor) -> Tensor:
         # LoRA calls its base layer once, on the input it was given: that output is the base. Methods that rotate or
         # scale the input first, or write into the base's output, show it here; for them the base is computed anew.
         match base_calls:
@@ -112,8 +112,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     The base model stays in train mode: in eval mode, bitsandbytes packs 4-bit weights on CPU at the first
     forward, and training loses its gradients afterwards in silence. Not inference_mode: FSDP2 cannot train after it.
     """
-    quiet = {module for module in model.modules() if _has_dropout(module)} | set(_adapter_modules(model))
-    quiet = [module for module in quiet if module.training]
+    samplers = {module for module in model.modules() if _has_dropout(module)} | set(_adapter_modules(model))
+    quiet = [module for module in samplers if module.training]
     for module in quiet:
         module.training = False
     # A compiled module would ignore the hooks that suppress responses, without a word.

@@ -16,6 +16,7 @@ from ist.loss import Loss, token_loss
 from ist.selection import CalibratedRule, make_rule
 from ist.suppression import evaluation_mode
 
+ProbeBatches = Callable[[int | str], Iterable[dict[str, Tensor]]]
 PROBES = {"full": probe.one_by_one, "cheap": probe.stacked, "gradient": probe.estimated}
 
 
@@ -47,7 +48,7 @@ class SparseTuner:
         self,
         model: nn.Module,
         config: ISTConfig,
-        probe_batches: Callable[[int | str], Iterable[dict[str, Tensor]]] | None = None,
+        probe_batches: ProbeBatches | None = None,
         loss: Loss = token_loss,
     ) -> None:
         self.model = model
@@ -82,9 +83,9 @@ class SparseTuner:
         if not isinstance(self.rule, CalibratedRule):
             return None
         if not self.rule.calibrated:
-            self._require_batches()
+            probe_batches = self._require_batches()
             with evaluation_mode(self.model):
-                self.rule.calibrate(self.model, self.layers, self.probe_batches("calibration"))
+                self.rule.calibrate(self.model, self.layers, probe_batches("calibration"))
         return self.rule.summary()
 
     def begin_step(self, step: int) -> dict | None:
@@ -112,8 +113,7 @@ class SparseTuner:
         """The importance loop: one loss per candidate set, everything outside the set suppressed (Eq. 8-10)."""
         start = time.perf_counter()
         candidates = self.rule.candidates(step)
-        self._require_batches()
-        batches = partial(self.probe_batches, step)
+        batches = partial(self._require_batches(), step)
         with evaluation_mode(self.model):
             sums = PROBES[self.config.probe](
                 self.model, self.layers, candidates, self.config.suppression, batches, self.loss
@@ -165,9 +165,10 @@ class SparseTuner:
         self.trained_counts = list(state["trained_counts"])
         self._plan = {}
 
-    def _require_batches(self) -> None:
+    def _require_batches(self) -> ProbeBatches:
         if self.probe_batches is None:
             raise ValueError(f"selection {self.config.selection} needs probe_batches: see SparseTuner's docstring")
+        return self.probe_batches
 
     def _activate(self, trained: list[int]) -> None:
         for i, parameters in enumerate(self.layers.parameters):

@@ -17,11 +17,11 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from ist.adapters.targets import ATTENTION, default_target_modules
 from ist.analyze import command as analyze
 from ist.analyze.ablation import AblationLoss, Tokens, ablate_greedily
 from ist.analyze.command import agreement, agreement_table, compare_importance, greedy_order, main
 from ist.config import ISTConfig
-from ist.layers import ATTENTION, default_target_modules
 from ist.training.command_line import UsageError, parse_arguments
 from ist.training.data import collate, make_prompt
 

@@ -17,8 +17,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from ist.adapters.targets import default_target_modules
 from ist.config import ConfigError
-from ist.layers import LayerMap, default_target_modules, outside_decoder
+from ist.layers import LayerMap, outside_decoder
 from ist.training.arguments import parse_training_arguments
 from ist.training.model import free_base_weights, plan_layers
 from ist.training.peft_config import make_peft_config

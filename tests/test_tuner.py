@@ -16,8 +16,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from ist import ISTConfig, SparseTuner
+from ist.adapters.targets import default_target_modules
 from ist.config import ConfigError
-from ist.layers import LayerMap, adapter_state, default_target_modules, drop_input_grad_hooks
+from ist.layers import LayerMap, adapter_state, drop_input_grad_hooks
 
 
 def tiny_peft(n_layers=4, targets=("q_proj", "up_proj"), **options):

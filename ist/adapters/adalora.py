@@ -4,6 +4,7 @@ PEFT's own arithmetic runs on what is given to it here: whole tensors, and gradi
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -55,7 +56,7 @@ class RestingRankAllocator(RankAllocator):
                     statistics[name] = torch.zeros(parameter.shape, device=parameter.device)
         super().update_ipt(_Whole(trained))
 
-    def _on_singular_values(self, model: nn.Module, allocate: Callable) -> dict | None:
+    def _on_singular_values(self, model: nn.Module, allocate: Callable) -> Any:
         """Run `allocate` on whole copies, then put the singular values, which it masks, back."""
         whole = {name: full_tensor(p).detach().clone() for name, p in self._adapter(model).items()}
         result = allocate(_Whole(whole))

@@ -1,13 +1,13 @@
 """The two tuners: they put an adapter on each targeted module of a model."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ist.adapters.config import BottleneckConfig
 from ist.adapters.layer import BottleneckLayer, ParallelLayer, SeriesLayer
-from ist.layers import default_target_modules
+from ist.adapters.targets import default_target_modules
 
 
 class BottleneckModel(BaseTuner):
@@ -16,7 +16,7 @@ class BottleneckModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(default_target_modules(self.model, peft_config.method.lower()))
+            peft_config.target_modules = default_target_modules(self.model, peft_config.method.lower())
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(
@@ -27,7 +27,7 @@ class BottleneckModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config)

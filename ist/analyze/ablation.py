@@ -19,7 +19,7 @@ from ist.layers import LayerMap
 from ist.loss import token_loss_sum
 from ist.suppression import evaluation_mode, suppress
 from ist.training.command_line import UsageError
-from ist.training.record import keep_lines, read_lines
+from ist.training.files import keep_lines, read_lines
 
 # How a layer is chosen at each stage, of the losses without it: the lowest loss means that it mattered least.
 DIRECTIONS = {"least": min, "most": max}

@@ -32,6 +32,7 @@ from matplotlib.ticker import MaxNLocator
 from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from ist.adapters.support import RESPONSE, limit
 from ist.analyze.ablation import DIRECTIONS, AblationLoss, Ablations, Tokens, ablate_greedily, mean_loss
 from ist.config import ISTConfig
 from ist.evaluate.command import (
@@ -48,9 +49,9 @@ from ist.report.statistics import spearman
 from ist.report.tables import joined, publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, markdown_table, parse_arguments, require
 from ist.training.data import Data, collate, encode_rows, load_rows, predicted_tokens
+from ist.training.files import IMPORTANCE, keep_lines, read_lines
 from ist.training.model import require_fitting
-from ist.training.peft_config import NO_LAYER_RESPONSE
-from ist.training.record import IMPORTANCE, environment, keep_lines, read_lines
+from ist.training.record import environment
 
 BASE, ADAPTER = "base model", "adapter"
 
@@ -221,7 +222,7 @@ def read_known(args: AnalyzeArguments, settings: dict[str, Any], tokens: Tokens)
 def require_layers(folder: str) -> None:
     """Raises UsageError when the adapter is of a method without a response per layer."""
     config = PeftConfig.from_pretrained(folder)
-    if config.is_prompt_learning or config.peft_type in NO_LAYER_RESPONSE:
+    if limit(config, RESPONSE):
         raise UsageError(f"--adapter {folder}: {config.peft_type.value} has no response of each layer to take away.")
 
 

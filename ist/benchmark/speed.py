@@ -40,10 +40,10 @@ from ist.suppression import evaluation_mode
 from ist.training.arguments import ARGUMENTS, Arguments
 from ist.training.command_line import UsageError, parse_arguments
 from ist.training.data import GlobalBatches, collate, micro_batches, prepare_data
+from ist.training.files import read_lines
 from ist.training.model import load_model, plan_layers
 from ist.training.observer import Observer
 from ist.training.peft_config import make_peft_config
-from ist.training.record import read_lines
 from ist.tuner import PROBES, SparseTuner
 
 WINDOW = 10  # steps: one importance update at the default interval

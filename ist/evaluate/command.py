@@ -35,10 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.distributed import reduce_sum
-from ist.training.checkpoint import write_json
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
 from ist.training.data import load_rows, make_prompt
-from ist.training.record import read_lines, require_writable
+from ist.training.files import read_lines, write_json, write_lines
+from ist.training.record import require_writable
 
 # ------------------------------------------------------------------------------------------------------------- answers
 
@@ -383,9 +383,7 @@ def evaluate_task(
             lines = gather(output_dir, name)
             if lines.keys() != set(range(len(rows))):
                 raise RuntimeError(f"{name}: {len(lines)} of {len(rows)} rows were scored")
-            temporary = output_dir / f".{name}.tmp"
-            temporary.write_text("".join(json.dumps(lines[i]) + "\n" for i in range(len(rows))))
-            temporary.replace(final)
+            write_lines(final, (lines[i] for i in range(len(rows))))
             for shard in output_dir.glob(f".{name}.*.jsonl"):
                 shard.unlink()
         state.wait_for_everyone()

@@ -10,9 +10,9 @@ import numpy as np
 
 from ist.report.statistics import interval
 from ist.selection import rule_fields
-from ist.training.checkpoint import write_json
 from ist.training.command_line import UsageError, brief, command, markdown_table
 from ist.training.figures import plot_importance_panels
+from ist.training.files import write_json
 from ist.training.record import (
     IMPORTANCE,
     draw_importance,

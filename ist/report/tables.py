@@ -7,8 +7,8 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 
-from ist.training.checkpoint import write_json
 from ist.training.command_line import UsageError
+from ist.training.files import write_json
 from ist.training.record import environment
 
 

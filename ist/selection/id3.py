@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ist.config import ConfigError, Count, ISTConfig, check, parse_count, resolve_count
-from ist.distributed import all_parts, flat_part, flat_range, part_of, require_agreement, sum_over_parts
+from ist.distributed import require_agreement
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.rule import Unlearned
+from ist.selection.shards import all_parts, flat_part, flat_range, part_of, sum_over_parts
 
 # A float32 of 0 or more orders as its bits do: 31 of them, compared in two halves.
 HIGH, LOW = 16, 15
@@ -79,7 +80,7 @@ class StepwiseUnmasking(Unlearned):
     def __init__(self, n_layers: int, config: ID3Config) -> None:
         self.config = config
         self.counts = config.counts(n_layers)._replace(trained=n_layers)
-        self.optimizer: PackedAdamW | None = None
+        self._optimizer: PackedAdamW | None = None
 
     def schedule(self, candidates: int, max_steps: int) -> tuple[int, int]:
         """(B, T) for a run of `max_steps` optimizer steps, where so many scalars are candidates.
@@ -108,7 +109,7 @@ class StepwiseUnmasking(Unlearned):
             flat_range(parameter)
         self.candidates = sum(parameter.numel() for parameter in self.parameters)
         self.budget, self.steps = self.schedule(self.candidates, max_steps)
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self._unmasked: int | None = None  # counted when a checkpoint, if any, has been loaded
 
     def trained(self, step: int) -> list[int]:
@@ -117,9 +118,14 @@ class StepwiseUnmasking(Unlearned):
         Raises:
             RuntimeError: not attached: everything would train, unmasked.
         """
-        if self.optimizer is None:
-            raise RuntimeError("selection id3 chooses scalars: attach the rule to a PackedAdamW, as train_ist.py does")
+        _ = self.optimizer
         return list(range(self.counts.n_layers))
+
+    @property
+    def optimizer(self) -> PackedAdamW:
+        if self._optimizer is None:
+            raise RuntimeError("selection id3 chooses scalars: attach the rule to a PackedAdamW, as train_ist.py does")
+        return self._optimizer
 
     @property
     def unmasked(self) -> int:
@@ -164,7 +170,7 @@ class StepwiseUnmasking(Unlearned):
 
     def state_dict(self) -> dict:
         """The schedule. The masks themselves are the indices of the optimizer's state."""
-        return {} if self.optimizer is None else {"id3_budget": self.budget, "id3_steps": self.steps}
+        return {} if self._optimizer is None else {"id3_budget": self.budget, "id3_steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with the schedule of a checkpoint."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ist.distributed import flat_part, flat_range, gather_parts
+from ist.selection.shards import flat_part, flat_range, gather_parts
 
 
 class PackedAdamW(torch.optim.Optimizer):

@@ -17,6 +17,7 @@ that share of the layers, the one with most gain per layer of backward; and the 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def _hidden(output: Tensor | Sequence) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def require_comparable(head: nn.Module | None, hidden_size: int) -> None:
+def require_comparable(head: Any, hidden_size: int) -> None:
     """Hidden states can be compared with the head's rows.
 
     Raises:
@@ -131,7 +132,7 @@ def measure_deviations(model: nn.Module, blocks: Sequence[nn.Module], batches: I
         distance = 1 - cosine_similarity(hidden[predicting].float(), wanted, dim=-1)
         total[space] += distance.sum(dtype=torch.float64)
 
-    def observe_input(module, args, kwargs):
+    def observe_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         observe(0, args[0] if args else kwargs["hidden_states"])
 
     with ExitStack() as hooks:
@@ -227,8 +228,15 @@ class SemanticFreezing:
     def calibrated(self) -> bool:
         return self.boundary is not None
 
+    @property
+    def _learner(self) -> ImportanceSampler:
+        """The sampler of the layers above the boundary."""
+        if self._above is None:
+            raise RuntimeError("a semantic rule chooses layers after its pass over training rows: calibrate it first")
+        return self._above
+
     def calibrate(self, model: nn.Module, layers: LayerMap, batches: Iterable[dict[str, Tensor]]) -> None:
-        self.see(measure_deviations(model, layers.all_blocks, batches), layers.positions)
+        self.see(measure_deviations(model, layers.all_blocks, batches).tolist(), layers.positions)
 
     def see(self, deviations: Sequence[float], positions: Sequence[int] | None = None) -> None:
         """Set the boundary.
@@ -252,26 +260,28 @@ class SemanticFreezing:
         self.counts = LayerCounts(n_layers, self._above.counts.trained, self._above.counts.kept)
 
     def summary(self) -> dict:
-        gains = layer_gains(self.deviations)
+        gains = layer_gains(self.deviations or [])
         return {"boundary": self.boundary, "frozen": self.frozen, "deviations": self.deviations, "gains": gains}
 
     @property
     def importance(self) -> Tensor:
         """[N_L] as ImportanceSampler's; 0 below the boundary."""
-        return torch.cat([torch.zeros(self.frozen, dtype=torch.float64), self._above.importance])
+        return torch.cat([torch.zeros(self.frozen, dtype=torch.float64), self._learner.importance])
 
     def due(self, step: int) -> bool:
-        return self._above.due(step)
+        return self._learner.due(step)
 
     def trained(self, step: int) -> list[int]:
-        return self._raised(self._above.trained(step))
+        return self._raised(self._learner.trained(step))
 
     def candidates(self, step: int) -> list[list[int]]:
         frozen = list(range(self.frozen))
-        return [frozen + self._raised(kept) for kept in self._above.candidates(step)]
+        return [frozen + self._raised(kept) for kept in self._learner.candidates(step)]
 
     def update(self, candidates: Sequence[Sequence[int]], losses: Sequence[float]) -> list[float]:
-        return self._above.update([[i - self.frozen for i in kept if i >= self.frozen] for kept in candidates], losses)
+        return self._learner.update(
+            [[i - self.frozen for i in kept if i >= self.frozen] for kept in candidates], losses
+        )
 
     def state_dict(self) -> dict:
         seen = {"deviations": self.deviations, "positions": self.positions}
@@ -280,7 +290,7 @@ class SemanticFreezing:
     def load_state_dict(self, state: dict) -> None:
         if state["deviations"] is not None:
             self.see(state["deviations"], state["positions"])
-            self._above.load_state_dict(state)
+            self._learner.load_state_dict(state)
 
     def _raised(self, layers: Iterable[int]) -> list[int]:
         return [self.frozen + i for i in layers]

@@ -63,6 +63,7 @@ class DataArguments:
 @dataclass(frozen=True)
 class AdapterArguments:
     _argument_group_name = "adapter"
+    free_keys = ("peft_config",)
 
     peft_method: Literal["lora", "series", "parallel", "none"] = option(
         "lora",
@@ -95,6 +96,7 @@ class AdapterArguments:
 @dataclass(frozen=True)
 class TrainArguments:
     _argument_group_name = "training (names as in transformers.TrainingArguments)"
+    free_keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
     per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.")
@@ -151,6 +153,11 @@ class TrainArguments:
 @dataclass(frozen=True)
 class RunArguments:
     _argument_group_name = "run"
+    # What a resumed run may change: where and how it reports, saves and cuts its batches, not what it computes.
+    free_keys = (
+        *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
+        *("report_to", "run_name", "log_adapter"),
+    )
 
     output_dir: str | None = option(
         None, "Default runs/{run_name or recipe}-{WANDB_RUN_ID or start time}; {run_id} and {seed} are filled in."

@@ -7,11 +7,9 @@ not taken for whole either.
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,6 +23,7 @@ from ist.layers import adapter_state
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training.command_line import UsageError
 from ist.training.extensions import Extension
+from ist.training.files import discard, publish, sweep, write_json
 from ist.training.job import Job
 from ist.tuner import SparseTuner
 
@@ -32,52 +31,9 @@ STATE = "checkpoint.json"
 FORMAT = 1  # of the files and of what checkpoint.json has; one that names no format is of the first
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def step_name(step: int) -> str:
     """The folder of the checkpoint after `step` finished steps."""
     return f"step_{step:06d}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place, its files on disk before its name; an older `final` makes room first."""
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    if final.exists():
-        discard(final, temporary.parent)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(temporary, final)
-    _sync(final.parent)
-
-
-def discard(folder: Path, output_dir: Path) -> None:
-    """Remove a folder so that it is gone under its own name at once, not file by file."""
-    trash = output_dir / f".discarded-{folder.name}"
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(folder, trash)
-    shutil.rmtree(trash)
-
-
-def sweep(output_dir: Path) -> None:
-    """Remove what a process that died while saving or discarding has left under temporary names."""
-    for pattern in (".saving-*", ".discarded-*"):
-        for folder in output_dir.glob(pattern):
-            shutil.rmtree(folder)
 
 
 def _split_optimizer(

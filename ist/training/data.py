@@ -306,14 +306,6 @@ class GlobalBatches:
         return self._permutations[epoch]
 
 
-def probe_rows(n_rows: int, count: int, seed: int, step: int | str) -> list[int]:
-    """`count` distinct row indices (all rows when there are fewer) for the importance update of `step`.
-
-    Those of `step` "calibration" are for what is measured before training.
-    """
-    return torch.randperm(n_rows, generator=seeded_generator(seed, step, "probe"))[:count].tolist()
-
-
 def micro_batches(
     rows: Dataset,
     indices: Sequence[int],

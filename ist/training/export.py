@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ist.training.arguments import Arguments
-from ist.training.checkpoint import gathered, publish
+from ist.training.checkpoint import gathered
+from ist.training.files import publish
 
 MODEL_CARD = """---
 base_model: {base}

@@ -32,16 +32,10 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from ist.adapters.targets import ATTENTION, default_target_modules
 from ist.config import ConfigError
 from ist.distributed import require_sharded
-from ist.layers import (
-    ATTENTION,
-    LayerMap,
-    default_target_modules,
-    drop_input_grad_hooks,
-    outside_decoder,
-    text_decoder,
-)
+from ist.layers import LayerMap, drop_input_grad_hooks, outside_decoder, text_decoder
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
 from ist.training.arguments import Arguments, Resolved

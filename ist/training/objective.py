@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ist.config import ISTConfig
 from ist.distributed import GradientReducer, reduce_sum
 from ist.loss import token_loss_sum, total_loss
+from ist.probe import probe_rows
 from ist.sampler import seeded_generator
 from ist.suppression import evaluation_mode
 from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError
-from ist.training.data import Data, GlobalBatches, micro_batches, predicted_tokens, probe_rows
+from ist.training.data import Data, GlobalBatches, micro_batches, predicted_tokens
 
 Batch = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""From the adapter keys, or a file of PEFT's, to a PEFT configuration; which methods are refused, and why."""
+"""From the adapter keys, or a file of PEFT's, to a PEFT configuration; refused where a method is not served."""
 
 import json
 from dataclasses import fields
@@ -6,29 +6,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftType
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ist.adapters import ParallelConfig, SeriesConfig
+from ist.adapters.support import refusal
 from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, brief
-
-NO_LAYER_RESPONSE = {
-    PeftType.ADAPTION_PROMPT: "it adds prompts inside attention",
-    PeftType.POLY: "it routes whole tasks to adapters, and there are no tasks here",
-    PeftType.SHADOW: "it runs a second model beside the layers",
-    PeftType.XLORA: "it mixes adapters that were trained before",
-}
-
-
-# These compute with the base weights as they lie in memory. Packed ones look like floats, and give errors or nonsense.
-_FROM_WEIGHTS = ("pissa", "olora")
-
-
-NEEDS_PLAIN_WEIGHTS = {
-    *(PeftType.ADAMSS, PeftType.DEFT, PeftType.DELORA, PeftType.FROD, PeftType.GLORA, PeftType.HRA, PeftType.LOHA),
-    *(PeftType.LOKR, PeftType.OSF, PeftType.PEANUT, PeftType.PSOFT, PeftType.SUPERTUNING),
-}
 
 
 def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
@@ -87,38 +71,12 @@ def _type_name(hint: Any) -> str:
 
 
 def require_served(config: PeftConfig, args: Arguments, sharded: bool) -> None:
-    """Refuse methods without a response per layer, and those that would train otherwise than their papers say.
-
-    Raises:
-        UsageError: naming the method and the reason.
     """
-    initialisation = str(getattr(config, "init_lora_weights", ""))
-    if config.is_prompt_learning:
-        reason = "it learns a prompt, so no layer has a response of its own that can be suppressed"
-    elif config.peft_type in NO_LAYER_RESPONSE:
-        reason = f"{NO_LAYER_RESPONSE[config.peft_type]}, so no layer has a response of its own that can be suppressed"
-    elif isinstance(config, AdaLoraConfig) and config.target_r >= config.init_r:
-        reason = f"target_r {config.target_r} must be below init_r {config.init_r}, or there is no rank to take away"
-    elif isinstance(config, AdaLoraConfig) and config.deltaT < 1:
-        reason = f"deltaT {config.deltaT} must be 1 or more"
-    elif isinstance(config, AdaLoraConfig) and not (0 < config.beta1 < 1 and 0 < config.beta2 < 1):
-        reason = f"beta1 {config.beta1} and beta2 {config.beta2} must be between 0 and 1"
-    elif isinstance(config, AdaLoraConfig) and args.selection == "id3":
-        reason = "its budget prunes what id3 keeps masked; choose another --selection"
-    elif getattr(config, "use_asa", False):
-        reason = "use_asa chooses itself what trains; set it to false"
-    elif initialisation in ("eva", "corda", "lora_ga"):
-        reason = f"init_lora_weights {initialisation} needs a pass over data first, which is not made here"
-    elif getattr(config, "monteclora_config", None) or getattr(config, "kasa_config", None):
-        reason = "its training loss has a term of its own, which is not added here"
-    elif args.load_in_4bit and (config.peft_type in NEEDS_PLAIN_WEIGHTS or initialisation.startswith(_FROM_WEIGHTS)):
-        what = f"init_lora_weights {initialisation}" if initialisation.startswith(_FROM_WEIGHTS) else "it"
-        reason = f"{what} computes with the base weights themselves, which --load_in_4bit packs"
-    elif sharded and config.peft_type == PeftType.OSF:
-        reason = "it projects gradients by hooks on parameters, which FSDP does not run: use DDP"
-    else:
-        return
-    raise UsageError(f"--peft_config {args.peft_config}: {config.peft_type.value} is not served: {reason}.")
+    Raises:
+        UsageError: training by layers cannot serve the method; naming it and the reason (adapters/support.py).
+    """
+    if reason := refusal(config, args.load_in_4bit, sharded, args.selection):
+        raise UsageError(f"--peft_config {args.peft_config}: {config.peft_type.value} is not served: {reason}.")
 
 
 def make_peft_config(args: Arguments, total_steps: int = 10**9) -> PeftConfig | None:

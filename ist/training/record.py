@@ -20,24 +20,12 @@ import transformers
 from accelerate import Accelerator, PartialState
 
 from ist.config import LayerCounts
-from ist.training.checkpoint import checkpoint_steps, write_json
+from ist.training.arguments import ARGUMENTS
+from ist.training.checkpoint import checkpoint_steps
 from ist.training.command_line import UsageError, brief
 from ist.training.figures import heat_map, plot_importance
-
-METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a .jsonl file; none when it is not there. A last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+from ist.training.files import IMPORTANCE, METRICS, PICTURE, RUN, keep_lines, read_lines, write_json
+from ist.training.trackers import importance_values, tracked_values
 
 
 def read_run(output_dir: Path) -> dict | None:
@@ -76,35 +64,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def require_tracker(report_to: str) -> None:
-    """Stop now, not after the model is loaded, when the tracker cannot start."""
-    if report_to == "tensorboard":
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise UsageError("--report_to tensorboard needs a package: pip install tensorboard.") from None
-    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        import wandb
-
-        try:
-            reason = "" if wandb.login(prompt=False) else "finds no W&B login"
-        except Exception as error:  # a wrong key, a service out of reach
-            reason = f"cannot start ({brief(error)})"
-        if reason:
-            raise UsageError(
-                f"--report_to wandb (the default) {reason}: run `wandb login`, or set WANDB_MODE=offline, "
-                "or pass --report_to none."
-            )
-
-
-# What a resumed run may change: where and how it reports, saves and cuts its batches, not what it computes.
-FREE_KEYS = {
-    *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
-    *("report_to", "run_name", "log_adapter", "peft_config"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-}
-
-
 def _flat(configuration: dict) -> dict:
     """{"adapter": {"r": 4}} as {"adapter.r": 4}."""
     nested = {key: value for key, value in configuration.items() if isinstance(value, dict)}
@@ -117,7 +76,8 @@ def differing_keys(there: dict, here: dict) -> str:
     if ("adapter" in there) != ("adapter" in here):
         return f"peft_config ({'given' if 'adapter' in there else 'none'} there, the other way here)"
     there, here = _flat(there), _flat(here)
-    keys = sorted((there.keys() & here.keys()) - FREE_KEYS)
+    free = {key for group in ARGUMENTS for key in getattr(group, "free_keys", ())}
+    keys = sorted((there.keys() & here.keys()) - free)
     return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key])
 
 
@@ -158,32 +118,6 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
             "--resume_from_checkpoint auto, or choose another folder."
         )
     return run["status"] == "finished"
-
-
-def keep_lines(path: Path, keep: Callable[[dict], bool]) -> None:
-    """Leave only the lines of a .jsonl file that are to be kept; a file that is not there becomes an empty one."""
-    lines = [line for line in read_lines(path) if keep(line)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
-
-
-def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, float]:
-    """An importance update as trackers get it."""
-    values: dict[str, float] = {"probe/seconds": update["probe_seconds"]}
-    for j, (loss, reward) in enumerate(zip(update["losses"], update["rewards"], strict=True)):
-        values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
-    values |= {f"importance/score/layer_{i:02d}": score for i, score in enumerate(update["scores"])}
-    return values | {f"importance/trained_steps/layer_{i:02d}": count for i, count in enumerate(trained_counts)}
-
-
-def tracked_values(line: dict) -> dict[str, float]:
-    """A line of metrics.jsonl or importance.jsonl as trackers get it."""
-    if "scores" in line:
-        return importance_values(line, ())
-    if "validation_loss" in line:
-        return {"eval/loss": line["validation_loss"]}
-    return {f"train/{key}": value for key, value in line.items() if not isinstance(value, list)}
 
 
 class RunRecord:
