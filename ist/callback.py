@@ -135,13 +135,16 @@ class ISTCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.tuner.release()
         if state.is_world_process_zero:
-            from ist.training.figures import plot_importance  # here: matplotlib is wanted at the end alone
+            self._draw(Path(args.output_dir), state.global_step)
 
-            output_dir = Path(args.output_dir)
-            updates, counts = read_lines(output_dir / IMPORTANCE), self.tuner.trained_counts
-            plot_importance(
-                output_dir / PICTURE, updates, counts, state.global_step, output_dir.name, self.tuner.prepare()
-            )
+    def _draw(self, output_dir: Path, steps: int) -> None:
+        try:
+            from ist.training.figures import plot_importance
+        except ImportError:
+            print(f"{output_dir / PICTURE} is not drawn: pip install matplotlib")
+            return
+        updates, counts = read_lines(output_dir / IMPORTANCE), self.tuner.trained_counts
+        plot_importance(output_dir / PICTURE, updates, counts, steps, output_dir.name, self.tuner.prepare())
 
 
 def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module, train_dataloader: DataLoader) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -12,15 +13,14 @@ from ist.training.checkpoint import gathered
 from ist.training.files import publish
 
 MODEL_CARD = """---
-base_model: {base}
-library_name: {library}
+{{ card_data }}
 ---
-{what} `{base}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
-Selection `{selection}`: {trained} of {n_layers} layers per step, {steps} steps of {batch} rows. `run.json` beside this
-folder has everything else.
+{{ what }} `{{ base }}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
+Selection `{{ selection }}`: {{ trained }} of {{ n_layers }} layers per step, {{ steps }} steps of {{ batch }} rows.
+`run.json` beside this folder has everything else.
 
 ```python
-{loading}
+{{ loading }}
 ```
 """
 
@@ -45,7 +45,8 @@ def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Arguments, 
     method = model.peft_config["default"].peft_type.value
     ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
     loading = ADAPTER_LOADING.format(registration=ours, base=args.model_name_or_path, folder=final)
-    _write_card(temporary, args, summary, f"peft\ntags: [ist, {method}]", f"A {method} adapter for", loading)
+    data = ModelCardData(base_model=args.model_name_or_path, library_name="peft", tags=["ist", method])
+    _write_card(temporary, args, summary, data, f"A {method} adapter for", loading)
     publish(temporary, final)
     return final
 
@@ -70,15 +71,17 @@ def save_model(model: PreTrainedModel, args: Arguments, summary: dict, write: bo
     # FSDP2 makes a class of its own of each that it shards, FSDP<Name>, derived from it.
     name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
     loading = MODEL_LOADING.format(name=name, folder=final)
-    _write_card(temporary, args, summary, "transformers\ntags: [ist]", "Fine-tuned from", loading)
+    data = ModelCardData(base_model=args.model_name_or_path, library_name="transformers", tags=["ist"])
+    _write_card(temporary, args, summary, data, "Fine-tuned from", loading)
     publish(temporary, final)
     return final
 
 
-def _write_card(folder: Path, args: Arguments, summary: dict, library: str, what: str, loading: str) -> None:
-    card = MODEL_CARD.format(
+def _write_card(folder: Path, args: Arguments, summary: dict, data: ModelCardData, what: str, loading: str) -> None:
+    card = ModelCard.from_template(
+        data,
+        template_str=MODEL_CARD,
         base=args.model_name_or_path,
-        library=library,
         what=what,
         loading=loading,
         selection=args.selection,
@@ -87,4 +90,4 @@ def _write_card(folder: Path, args: Arguments, summary: dict, library: str, what
         steps=summary["max_steps"],
         batch=summary["configuration"]["global_batch_size"],
     )
-    (folder / "README.md").write_text(card)
+    card.save(folder / "README.md")
