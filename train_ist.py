@@ -48,7 +48,7 @@ from ist.training.signals import StopRequest
 from ist.training.trackers import require_tracker
 from ist.tuner import SparseTuner
 
-# ------------------------------------------------------------------------------------------------------ what is checked
+# ------------------------------------------------------------------------------------------------------ checked first
 
 
 @command
@@ -57,7 +57,7 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     if not args.plan:
         require_tracker(args.report_to)
     require_launcher()
-    # An explicit precision: a launcher's own setting must not decide what is computed.
+    # An explicit precision: a launcher's own setting must not decide it.
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         log_with=None if args.report_to == "none" else args.report_to,
@@ -150,7 +150,7 @@ def run(job: Job, accelerator: Accelerator, record: RunRecord, observer: Observe
         raise
     finally:
         accelerator.end_training()
-        stop.restore()  # last: a second signal must not cut short what is still written
+        stop.restore()  # last: a second signal must not interrupt the last writes
 
 
 # ------------------------------------------------------------------------------------------------------------ the job

@@ -1,4 +1,4 @@
-"""Importance-aware Sparse Tuning in transformers.Trainer and what trains language models like it: TRL's SFTTrainer.
+"""Importance-aware Sparse Tuning as a callback of transformers.Trainer, and of TRL's SFTTrainer.
 
     trainer = Trainer(model=peft_model, args=args, train_dataset=rows, callbacks=[ISTCallback(ISTConfig())])
 
@@ -30,7 +30,7 @@ from ist.tuner import SparseTuner
 
 
 class ISTCallback(TrainerCallback, ExportableState):
-    """The paper's Algorithm 1 beside a Trainer.
+    """The paper's Algorithm 1 in a Trainer's loop.
 
     Before each optimizer step the layers that train are chosen, by IST or another rule (`selection`). When an
     importance update is due, the losses of the candidate sets are measured on rows of the training set, collated as for
@@ -59,7 +59,7 @@ class ISTCallback(TrainerCallback, ExportableState):
         self.restored: dict | None = None  # the tuner's state, where the Trainer restored this callback itself
 
     def state(self) -> dict:
-        """What the Trainer writes to trainer_state.json in each checkpoint."""
+        """The entry in trainer_state.json of each checkpoint."""
         attributes = {"restored": self.tuner.state_dict() if self.tuner else None}
         return {"args": {"config": asdict(self.config)}, "attributes": attributes}
 
@@ -165,7 +165,7 @@ def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module
     if args.n_gpu > 1:
         raise ValueError("DataParallel (one process, several GPUs) is not served: use accelerate launch, or one GPU")
     if any(isinstance(config, AdaLoraConfig) for config in getattr(model, "peft_config", {}).values()):
-        raise ValueError("AdaLoRA's budget needs what train_ist.py does around each step: use it")
+        raise ValueError("AdaLoRA's budget needs steps of its own, which train_ist.py has: use it")
     if args.torch_compile:
         raise ValueError("torch_compile must be false: a compiled model ignores the hooks that suppress responses")
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]

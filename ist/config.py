@@ -81,7 +81,7 @@ class ISTConfig:
     A layer count is a fraction in (0, 1) of the N_L layers that carry an adapter, rounded half up and at least 1; an
     int from 1 to N_L; or "all". 1.0 is refused as ambiguous.
 
-    Other rules have keys of their own, in the class beside the rule: `ISTConfig(selection="lisa", lisa_interval=20)`
+    Other rules have keys of their own, in the rule's file: `ISTConfig(selection="lisa", lisa_interval=20)`
     is a `LisaConfig`.
 
     Raises:
@@ -114,7 +114,7 @@ class ISTConfig:
         default=10.0, metadata={"help": "mu, step size of the importance scores; 100 for short runs such as math."}
     )
     score_rule: Literal["paper", "released"] = field(
-        default="paper", metadata={"help": "paper is Eq. 6-10; released is what the authors' code does."}
+        default="paper", metadata={"help": "paper is Eq. 6-10; released is the authors' code."}
     )
     probe: Literal["full", "cheap", "gradient"] = field(
         default="full",

@@ -20,25 +20,25 @@ def _active() -> bool:
 
 
 def require_launcher() -> None:
-    """Refuse what Accelerator would fail at in its own words, or accept: DeepSpeed, and FSDP1's flat parameters.
+    """Refuse launchers that cannot train by layers: DeepSpeed, and FSDP1 with its flat parameters.
 
     Raises:
         ConfigError: naming the config to use instead.
     """
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    for asked, what in (
+    for asked, launcher in (
         (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true", "DeepSpeed"),
         (fsdp and os.environ.get("FSDP_VERSION", "1") == "1", "fsdp_version 1"),
     ):
         if asked:
             raise ConfigError(
-                f"{what} cannot train a different set of layers at each step: launch with "
+                f"{launcher} cannot train a different set of layers at each step: launch with "
                 "accelerate_configs/fsdp2.yaml (sharded) or accelerate_configs/ddp.yaml."
             )
 
 
 def require_topology(accelerator: Accelerator, optim: str) -> None:
-    """Refuse what per-step freezing cannot be served by, and FSDP that was asked for but is not on.
+    """Refuse topologies without per-step freezing, and FSDP that was requested but is not on.
 
     Raises:
         ConfigError: naming the config to use instead.
@@ -69,7 +69,7 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
 
 
 def require_sharded(model: torch.nn.Module) -> None:
-    """Raises RuntimeError unless every parameter is a DTensor: what runs under FSDP by name alone trains otherwise."""
+    """Raises RuntimeError unless every parameter is a DTensor: FSDP in name only would train another model."""
     if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
 
@@ -81,7 +81,7 @@ def reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def require_agreement(what: str, digest: str) -> None:
+def require_agreement(subject: str, digest: str) -> None:
     """Compare a digest across ranks before it is acted on.
 
     Ranks that train different layers hang under FSDP2 and train the union in silence under DDP.
@@ -95,7 +95,7 @@ def require_agreement(what: str, digest: str) -> None:
     dist.all_gather_object(digests, digest)
     if len(set(digests)) > 1:
         listing = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(digests))
-        raise RuntimeError(f"ranks disagree on {what} ({listing}). Stopped before anything was trained on it.")
+        raise RuntimeError(f"ranks disagree on {subject} ({listing}). Stopped before anything was trained on it.")
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -172,7 +172,7 @@ class GradientReducer:
             self._bucket_of = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
 
     def finish(self) -> None:
-        """Send what has not been sent, wait for all, put the sums in place."""
+        """Send the remaining buckets, wait for all, put the sums in place."""
         for bucket in self._buckets[self._next :]:
             self._send(bucket)
         for gradients, flat, work in self._sent:
@@ -226,7 +226,7 @@ def like(whole: Tensor, tensor: Tensor) -> Tensor:
 
 
 class CollectiveCounter:
-    """Counts what this rank's collectives carry, while it is entered: for benchmarks and tests.
+    """Counts the calls and bytes of this rank's collectives while it is entered: for benchmarks and tests.
 
     Attributes:
         steps: one {collective: [calls, bytes]} for each step that its user has appended; the last one counts.

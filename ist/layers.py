@@ -13,7 +13,7 @@ from ist.config import ConfigError
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The decoder as transformers tells it, down to the innermost: that of the language model in a larger one."""
+    """The decoder by transformers' get_decoder, down to the innermost: the language model's in a larger model."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
     return decoder if inner is decoder else text_decoder(inner)
@@ -85,7 +85,7 @@ def _tuners_by_layer(model: nn.Module, stack: str) -> dict[tuple[str, int], list
     if plain:
         names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
         tuners = {layer: [] for name in names if (layer := _enclosing_layer(model, name)) is not None}
-        # Some decoders have other lists beside their layers (Gemma 3n, XLM): the config tells how many layers are.
+        # Some decoders have more lists than that of their layers (Gemma 3n, XLM): the config has the number of layers.
         depth = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
         deep = [key for key in tuners if len(model.get_submodule(key[0])) == getattr(depth, "num_hidden_layers", 0)]
         tuners = {key: [] for key in deep} if deep and stack == "decoder" else tuners
@@ -106,7 +106,7 @@ class LayerMap:
     A parameter that several layers share (VB-LoRA's vector bank) belongs to none of them, as one outside the layers.
 
     Args:
-        stack: "decoder", "encoder" or "both": which lists of layers are chosen from. What is in another one is outside.
+        stack: "decoder", "encoder" or "both": the lists that layers are chosen from. Other lists are outside.
 
     Attributes:
         names: [N_L] module path of each layer, e.g. "base_model.model.model.layers.0".
@@ -175,7 +175,7 @@ class LayerMap:
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """All that the adapters of a PEFT model add to its state_dict, by name: parameters and saved buffers.
 
-    More than what trains: AdaLoRA's rank numbers, SHiRA's indices. What layers share comes once for each of its names.
+    Buffers too: AdaLoRA's rank numbers, SHiRA's indices. A tensor that layers share has an entry for each of its names.
     """
     state: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -188,7 +188,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def drop_input_grad_hooks(model: nn.Module) -> None:
-    """Remove what gradient checkpointing hangs on the input embedding to make its output require gradients.
+    """Remove the hooks by which gradient checkpointing makes the embedding's output require gradients.
 
     transformers and PEFT add one such hook each and leak them; they exist for reentrant checkpointing. With them the
     backward runs through every layer below the lowest trained one, for nothing.

@@ -20,7 +20,7 @@ def _chunk_rows(logits: Tensor) -> int:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross entropies of [N, V] logits that are narrower than float32, computed in float32 chunk by chunk.
 
-    PyTorch's own wants float32 logits and keeps their log-softmax: 8 bytes an entry beside the logits, and 4 for
+    PyTorch's own wants float32 logits and keeps their log-softmax: 8 bytes an entry on top of the logits, and 4 for
     their gradient. Here the logits themselves are kept, with a [N] logsumexp.
     """
 
@@ -73,7 +73,7 @@ def token_loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Sum of the cross entropies of the predicted tokens of a batch, a float32 scalar.
 
     Args:
-        batch: what the model takes, and labels [B, T] with -100 where nothing is predicted; on the model's device.
+        batch: the model's inputs, and labels [B, T] with -100 where nothing is predicted; on the model's device.
     """
     logits, labels = _logits_and_labels(model, batch)
     return cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
@@ -93,7 +93,7 @@ def predicted_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def token_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(sum of the cross entropies of the predicted tokens of a batch, their number): what `SparseTuner` measures."""
+    """(sum of the cross entropies of a batch's predicted tokens, their number): the default loss of `SparseTuner`."""
     return token_loss_sum(model, batch), predicted_tokens(model, batch)
 
 

@@ -24,7 +24,7 @@ Batches = Callable[[], Iterable[dict[str, Tensor]]]
 def probe_rows(n_rows: int, count: int, seed: int, step: int | str) -> list[int]:
     """`count` distinct row indices (all rows when there are fewer) for the importance update of `step`.
 
-    Those of `step` "calibration" are for what is measured before training.
+    `step` "calibration" gives the rows of the pass before training.
     """
     return torch.randperm(n_rows, generator=seeded_generator(seed, step, "probe"))[:count].tolist()
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-# What PEFT passes to its own layers beside the base layer's arguments.
+# Arguments that PEFT passes to its own layers, and that base layers do not take.
 _PEFT_ONLY = ("adapter_names", "alora_offsets", "task_ids")
 
 
 class RowsMixed(ValueError):
-    """A module's output does not tell the rows of the batch apart, so no gate for each can be applied."""
+    """A module's output mixes the rows of the batch, so no gate for each row can be applied."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def suppress(modules: Iterable[BaseTunerLayer], gate: float | Tensor, length: in
         length: tokens of a row, for modules whose input is [B x length, ...], rows and positions in one.
 
     Raises:
-        ValueError: an adapter is merged into its base layer: its response can no longer be told apart.
+        ValueError: an adapter is merged into its base layer: its response can no longer be separated.
         RowsMixed: in the forward; the gates are as many as neither the rows nor, times `length`, the tokens.
     """
     handles: list[RemovableHandle] = []
@@ -96,7 +96,7 @@ def _has_dropout(module: nn.Module) -> bool:
 
 
 def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The PEFT modules and what is theirs, not their base layers."""
+    """The PEFT modules and their submodules, without their base layers."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             yield module

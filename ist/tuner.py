@@ -1,4 +1,4 @@
-"""SparseTuner: the two loops of the paper's Algorithm 1, beside any training loop."""
+"""SparseTuner: the two loops of the paper's Algorithm 1, for any training loop."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ PROBES = {"full": probe.one_by_one, "cheap": probe.stacked, "gradient": probe.es
 
 
 class SparseTuner:
-    """Has a rule choose the layers that train at each step, freezes the rest, and measures what the rule asks for.
+    """Freezes all layers but those that a rule chooses at each step, and measures the losses that the rule learns from.
 
     Build it last, when the optimizer (over *all* adapter parameters) exists and the model is prepared:
 
@@ -75,7 +75,7 @@ class SparseTuner:
         `begin_step` makes it too, where it was not made.
 
         Returns:
-            What was seen and chosen; None for the other rules.
+            The rule's summary (deviations, boundary); None for the other rules.
 
         Raises:
             FloatingPointError: a hidden state is not finite.
@@ -135,12 +135,12 @@ class SparseTuner:
         }
 
     def trained_buckets(self) -> list[list[nn.Parameter]]:
-        """The same by layer, in the order of the backward: the top layer first, what is in no layer last."""
+        """Trained parameters by layer in the order of the backward: the top layer first, those outside layers last."""
         outside = [parameter for parameter in self._all if id(parameter) in self._outside]
         return [*(self.layers.parameters[i] for i in reversed(self.trained)), outside]
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters that train at the present step, in the model's order: what to clip."""
+        """The parameters that train at the present step, in the model's order: clip these."""
         trained = {id(parameter) for i in self.trained for parameter in self.layers.parameters[i]}
         return [parameter for parameter in self._all if id(parameter) in trained or id(parameter) in self._outside]
 
@@ -157,7 +157,7 @@ class SparseTuner:
             block.compile(backend=backend, dynamic=True)
 
     def state_dict(self) -> dict:
-        """What the rule has learned, and counts, JSON-ready; draws depend on (seed, step) alone and need no state."""
+        """The rule's state and the counts of trained steps, JSON-ready; draws depend on (seed, step) alone."""
         return {**self.rule.state_dict(), "trained_counts": self.trained_counts}
 
     def load_state_dict(self, state: dict) -> None:

@@ -4,7 +4,7 @@
 #
 #   launch/demo.sh [--key value ...]      arguments go to train_ist.py, after launch/recipes/demo.yaml
 #
-# Leaves runs/demo/ (README.md says what is in it) and runs/demo.json; DEMO_DIR names another folder. At most 15 minutes on two CPU cores, most of it
+# Leaves runs/demo/ (launch/README.md lists its files) and runs/demo.json; DEMO_DIR names another folder. At most 15 minutes on two CPU cores, most of it
 # the first time: run again, it goes on where it was stopped and does nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -2,10 +2,10 @@
 # Set up once: the virtual environment .venv with the pinned packages, and on request the demo's model.
 #
 #   launch/setup.sh                   .venv with requirements.txt
-#   launch/setup.sh --tests           and what tests/ needs
+#   launch/setup.sh --tests           and the packages of tests/
 #   launch/setup.sh --model           and models/SmolLM2-135M-Instruct (135 M parameters, Apache-2.0, 93 MB to fetch)
 #
-# Safe to run again: what is there is neither fetched nor built a second time. PYTHON names the Python to build .venv
+# Safe to run again: nothing is fetched or built a second time. PYTHON names the Python to build .venv
 # with (3.11 or newer; default python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +28,7 @@ if [ ! -x .venv/bin/python ]; then
     { echo "error: cannot create .venv; on Debian or Ubuntu: apt install python3-venv" >&2; rm -rf .venv; exit 2; }
 fi
 
-# A copy of the file that was installed last tells whether anything is to be done.
+# A copy of the file that was installed last: nothing is to be done where it is equal.
 install() { # FILE [PIP OPTION ...]
   local installed=.venv/installed-${1//\//-}
   cmp -s "$1" "$installed" && return

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What the batch scripts share. They source it in the project's folder, with the variables of the site and `script` set.
+# Functions of the batch scripts. They source it in the project's folder, with the variables of the site and `script` set.
 
 refuse() {
   echo "error: $*" >&2

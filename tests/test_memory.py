@@ -289,14 +289,14 @@ def test_a_plan_leaves_nothing_and_needs_no_tracker(train, tmp_path, capsys, mon
     printed = capsys.readouterr().out
     assert "| saved for the backward |" in printed
     assert "It fits" in printed
-    assert "What to change" not in printed
+    assert "Changes, and the peak" not in printed
 
 
 def test_what_does_not_fit_is_told_what_to_change(train, capsys, monkeypatch, predictions):
     monkeypatch.setattr(plan, "USABLE", 1e-9)
     assert train(plan=True, attn_implementation="eager") == 0
     printed = capsys.readouterr().out
-    rows = [line.strip("| ").split(" | ") for line in printed.split("What to change")[1].splitlines()[4:]]
+    rows = [line.strip("| ").split(" | ") for line in printed.split("Changes, and the peak")[1].splitlines()[4:]]
     assert [change for change, _, _ in rows] == [
         "--attn_implementation sdpa",
         "--gradient_checkpointing true",

@@ -1,6 +1,6 @@
 """AdaLoRA's rank allocation where layers rest and parameters are sharded (arXiv 2303.10512).
 
-PEFT's own arithmetic runs on what is given to it here: whole tensors, and gradients of the layers that trained.
+PEFT's own arithmetic runs on whole tensors, and on gradients of the layers that trained.
 """
 
 from collections.abc import Callable, Iterator
@@ -76,7 +76,7 @@ class RestingRankAllocator(RankAllocator):
 
 
 class AdaLoraAllocation:
-    """What AdaLoRA does in a training loop: a gradient of its own, and the budget after each step."""
+    """AdaLoRA's steps in a training loop: a gradient of its own, and the budget after each step."""
 
     def __init__(self, model: PeftModel) -> None:
         self.tuner = model.base_model
@@ -121,12 +121,12 @@ class AdaLoraAllocation:
         self.config.rank_pattern = pattern or None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The statistics, whole, the same on every rank: what a resumed run needs."""
+        """The statistics that a resumed run needs, whole, the same on every rank."""
         kinds = {"ipt": self.allocator.exp_avg_ipt, "unc": self.allocator.exp_avg_unc}
         return {f"adalora|{kind}|{name}": tensor for kind, values in kinds.items() for name, tensor in values.items()}
 
     def state_dict(self) -> dict:
-        """JSON-ready, beside `tensors`."""
+        """The rest of the state, JSON-ready."""
         return {"rank_pattern": self.config.rank_pattern, "updates": self.allocator.updates}
 
     def load(self, tensors: dict[str, Tensor], state: dict) -> None:

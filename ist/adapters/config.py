@@ -1,4 +1,4 @@
-"""What can be set on a series or a parallel adapter."""
+"""The configurations of series and parallel adapters."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftType
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """What both adapters have in common; defaults are the paper's (Table 9) where it has one, else LLM-Adapters'.
+    """The keys of both adapters; defaults are the paper's (Table 9) where it has one, else LLM-Adapters'.
 
     Raises:
         ValueError: at construction, naming the field.
@@ -65,7 +65,7 @@ class SeriesConfig(BottleneckConfig):
 
 @dataclass
 class ParallelConfig(BottleneckConfig):
-    """Parallel Adapter (He et al. 2022), beside the module: o = m(x) + s f(x W_down) W_up (Eq. 11).
+    """Parallel Adapter (He et al. 2022), in parallel with the module: o = m(x) + s f(x W_down) W_up (Eq. 11).
 
     Default targets up and gate.
     """

@@ -1,4 +1,4 @@
-"""A linear layer with a bottleneck adapter after it (series) or beside it (parallel)."""
+"""A linear layer with a bottleneck adapter after it (series) or in parallel with it."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ CANNOT_MERGE = "series and parallel adapters are not linear and cannot be merged
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """Base layer m and, per adapter, response(h) = s f(h W_down) W_up; what h is, subclasses say.
+    """Base layer m and, per adapter, response(h) = s f(h W_down) W_up; subclasses define h.
 
     Shapes: x [..., n_in], m(x) [..., n_out]; W_down [bottleneck, n_h], W_up [n_out, bottleneck], as nn.Linear has them.
 
@@ -103,7 +103,7 @@ class SeriesLayer(BottleneckLayer):
 
 
 class ParallelLayer(BottleneckLayer):
-    """Beside the module: h = x (Eq. 11)."""
+    """In parallel with the module: h = x (Eq. 11)."""
 
     adapter_layer_names = ("parallel_adapter_down", "parallel_adapter_up")
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from peft import AdaLoraConfig, PeftConfig, PeftType
 
-# What a method may lack: a response of each layer; weights packed in 4 bits under it; FSDP2; a gate for each row of a
-# batch (the cheap probe measures its candidates one by one without).
+# Capabilities that a method may lack: a response of each layer; weights packed in 4 bits under it; FSDP2; a gate
+# for each row of a batch (the cheap probe measures its candidates one by one without).
 RESPONSE, FOUR_BIT, FSDP, ROW_GATES = "a response of each layer", "4-bit weights", "FSDP2", "a gate for each row"
 
 # Packed weights look like floats, and give errors or nonsense.
@@ -13,7 +13,7 @@ _PLAIN = "it computes with the base weights themselves, which --load_in_4bit pac
 LIMITS: dict[PeftType, dict[str, str]] = {
     PeftType.ADAPTION_PROMPT: {RESPONSE: "it adds prompts inside attention"},
     PeftType.POLY: {RESPONSE: "it routes whole tasks to adapters, and there are no tasks here"},
-    PeftType.SHADOW: {RESPONSE: "it runs a second model beside the layers"},
+    PeftType.SHADOW: {RESPONSE: "it runs a second model in parallel with the layers"},
     PeftType.XLORA: {RESPONSE: "it mixes adapters that were trained before"},
     PeftType.LILY: {ROW_GATES: "its router takes means over all rows of a batch"},
     **{

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-# The paper's targets (Table 9), and what carries those roles under other names (fused, or of older architectures).
+# The paper's targets (Table 9), and the modules of the same roles under other names (fused, or of older architectures).
 ATTENTION = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # through low ranks, as DeepSeek has it

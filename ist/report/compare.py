@@ -24,7 +24,7 @@ from ist.training.record import (
 def read_results(folder: Path) -> dict[str, Any]:
     """A result folder of `python -m ist.evaluate`: {file, model, arm, seed, right: {task: [0 or 1 for each row]}}.
 
-    The arm is told from the run.json beside the adapter: the method, and the selection unless it is all layers.
+    The arm is named by the run.json of the adapter's run: the method, and the selection unless it is all layers.
 
     Raises:
         UsageError: no finished evaluation.

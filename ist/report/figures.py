@@ -1,4 +1,4 @@
-"""Arms of an experiment beside each other (paper, Figure 1)."""
+"""Arms of an experiment in one figure (paper, Figure 1)."""
 
 from itertools import cycle, islice
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What to train at each step: the answers that IST's is compared with, behind the interface that its sampler has.
+"""Selection rules: the layers, or scalars, that train at each step, all with the interface of ImportanceSampler.
 
 A rule is a file with its class, the class of its own keys where it has some, and a line in `RULES`.
 """
@@ -59,7 +59,7 @@ def config_class(selection: str, keys: dict[str, Any]) -> type[ISTConfig]:
         ConfigError: a key is another rule's. IST's own may stand in a recipe that all rules share.
     """
     if selection not in RULES:
-        return ISTConfig  # which says what is allowed
+        return ISTConfig  # whose check names the allowed values
     config = _config_of(selection)
     if foreign := keys.keys() - {key.name for key in fields(config)}:
         for key, selections in rule_fields():

@@ -23,7 +23,7 @@ class FixedConfig(ISTConfig):
 
 
 class FixedLayers(Unlearned):
-    """`fixed`, `first` and `last`: what training chosen layers comes to, without choosing anew.
+    """`fixed`, `first` and `last`: the same layers at every step.
 
     `last` is the cheapest choice of N_u layers there is: nothing below them is kept for the backward.
 

@@ -1,7 +1,7 @@
-"""ID3, step-by-step unmasking (Agarwal et al., TACL 2025, arXiv 2408.14470): scalars, not layers, are what is chosen.
+"""ID3, step-by-step unmasking (Agarwal et al., TACL 2025, arXiv 2408.14470): it chooses scalars, not layers.
 
 Everything is masked at first. Over T steps a budget of B scalars is unmasked in equal instalments, each time those of
-highest score H = |grad| / (|theta| + eps)^exp among what is still masked, over all tensors together; what is unmasked
+highest score H = |grad| / (|theta| + eps)^exp among the masked scalars, over all tensors together; an unmasked one
 trains from that step on and is never masked again. Masked scalars do not move at all.
 
 The score, its name (D3) and the schedule are the paper's. Ours: the remainder of B / T is spread over all T steps;
@@ -53,7 +53,7 @@ class ID3Config(ISTConfig):
         finite = 0 <= self.id3_exponent < float("inf")
         check(finite, "id3_exponent", "a finite number, 0 or more", self.id3_exponent)
         check(0 < self.id3_eps < float("inf"), "id3_eps", "a finite number above 0", self.id3_eps)
-        underflows = f"large enough for its power {self.id3_exponent} to be 1e-30 or more (what divides a gradient)"
+        underflows = f"large enough for its power {self.id3_exponent} to be 1e-30 or more (it divides a gradient)"
         check(self.id3_eps**self.id3_exponent >= 1e-30, "id3_eps", underflows, self.id3_eps)
 
     def scalar_budget(self, candidates: int) -> int:
@@ -144,7 +144,7 @@ class StepwiseUnmasking(Unlearned):
 
     @torch.no_grad()
     def unmask(self, step: int) -> int:
-        """Unmask what is due at `step` (from 0), and take the gradient of all that stays masked away.
+        """Unmask what is due at `step` (from 0), and zero the gradient of the scalars that stay masked.
 
         Call it between backward and clipping, when gradients are those of the global batch: the norm is then that of
         what moves.
@@ -153,7 +153,7 @@ class StepwiseUnmasking(Unlearned):
             Scalars unmasked so far: B (step + 1) / T, rounded down, and B from step T - 1 on.
 
         Raises:
-            RuntimeError: ranks disagree on what to unmask.
+            RuntimeError: ranks disagree on the scalars to unmask.
         """
         for parameter in self.parameters:
             if parameter.grad is None:  # an expert that no token went to; GradientReducer does the same on ranks

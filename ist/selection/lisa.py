@@ -23,8 +23,8 @@ class LisaConfig(ISTConfig):
 class LisaSampler(Unlearned):
     """gamma layers (here N_u), uniformly without replacement, at steps 0, K, 2K, ...; they train until the next draw.
 
-    LISA trains whole layers, and beside the drawn ones the embeddings and the head (all that is in no layer) at every
-    step: that is `peft_method none`. With adapters it draws layers in the same way; what is in no layer has none.
+    LISA trains whole layers, and the embeddings and the head (all parameters outside the layers) at every
+    step: that is `peft_method none`. With adapters it draws layers in the same way.
 
     K defaults to 20, as in the scripts of LMFlow, where LISA comes from. Moments of resting layers are kept.
 

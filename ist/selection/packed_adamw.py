@@ -110,7 +110,7 @@ class PackedAdamW(torch.optim.Optimizer):
         return whole if len(whole["indices"]) else {}
 
     def load_whole_state(self, parameter: nn.Parameter, whole: dict[str, Tensor]) -> None:
-        """Take over what `whole_state` gave, on any number of ranks."""
+        """Load the state that `whole_state` gave, on any number of ranks."""
         start, stop = flat_range(parameter)
         mine = (whole["indices"] >= start) & (whole["indices"] < stop)
         device = flat_part(parameter).device
@@ -121,7 +121,7 @@ class PackedAdamW(torch.optim.Optimizer):
         self._updates = max(self._updates, int(whole["step"].max()))
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """For what torch and Accelerate do before training. A state goes through `load_whole_state`.
+        """For calls by torch and Accelerate before training. A state goes through `load_whole_state`.
 
         Raises:
             ValueError: there is a state in it; torch would make floats of its indices.

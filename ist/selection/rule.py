@@ -10,10 +10,10 @@ from ist.layers import LayerMap
 
 
 class SelectionRule(Protocol):
-    """What trains at each step, and the rule's state.
+    """The layers that train at each step, and the rule's state.
 
     Draws are seeded by (seed, step, purpose), so that ranks agree and a resumed run goes on with the same ones: the
-    state is what was learned from observations, nothing else. Between two updates `trained` must not change.
+    state holds the observations' result, nothing else. Between two updates `trained` must not change.
 
     Attributes:
         counts: {N_L, N_u, N_v}; N_u is the number of layers that `trained` gives.
@@ -57,7 +57,7 @@ class CalibratedRule(SelectionRule, Protocol):
         """Make the pass over this rank's share of the rows; called without gradients and dropout."""
 
     def summary(self) -> dict:
-        """What was seen and chosen, JSON-ready, for run.json."""
+        """Observations and choice, JSON-ready, for run.json."""
 
 
 class Unlearned:

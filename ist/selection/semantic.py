@@ -1,6 +1,6 @@
 """Semantic-aware layer freezing (Gu et al., Findings of ACL 2025, arXiv 2406.11753), alone and below IST.
 
-One pass without gradients over calibration rows tells how near each layer's output is to what the model should say.
+One pass without gradients over calibration rows measures how near each layer's output is to the tokens to predict.
 The layer that brings it nearest, and all below it, are frozen for good; the ones above are trained.
 
 The paper's: latent spaces 0 .. L between layers; the semantic basis of a token, its row one-hot times the

@@ -9,7 +9,7 @@ from ist.distributed import full_tensor, local_tensor, with_local
 
 
 def flat_part(tensor: Tensor) -> Tensor:
-    """[n] view of what this rank holds of a contiguous tensor: its rows of a sharded one, else all."""
+    """[n] view of this rank's part of a contiguous tensor: its rows of a sharded one, else all."""
     return local_tensor(tensor).view(-1)
 
 
@@ -54,7 +54,7 @@ def all_parts(values: Tensor, tensor: Tensor) -> Tensor:
 
 
 def flat_range(tensor: Tensor) -> tuple[int, int]:
-    """[start, stop) in the flattened whole tensor of what this rank holds; FSDP cuts rows as torch.chunk does.
+    """[start, stop) in the flattened whole tensor of this rank's part; FSDP cuts rows as torch.chunk does.
 
     Raises:
         RuntimeError: it holds something else.

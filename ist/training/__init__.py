@@ -1,1 +1,1 @@
-"""What train_ist.py is made of, around the method: rows, model, checkpoints, memory."""
+"""The parts of train_ist.py around the method: rows, model, checkpoints, memory."""

@@ -153,7 +153,7 @@ class TrainArguments:
 @dataclass(frozen=True)
 class RunArguments:
     _argument_group_name = "run"
-    # What a resumed run may change: where and how it reports, saves and cuts its batches, not what it computes.
+    # A resumed run may change these: they say where and how it reports and saves, and leave its computation alone.
     free_keys = (
         *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
         *("report_to", "run_name", "log_adapter"),
@@ -182,7 +182,7 @@ class RunArguments:
 
 
 def _selection_arguments() -> type:
-    """ISTConfig's keys and those of all rules as one group of the command line; `config` is what they make."""
+    """ISTConfig's keys and those of all rules as one group of the command line, and the ISTConfig made of them."""
     plain = {Count: str, list[int] | None: list[str] | None}  # a count is text there, a list is made of texts
 
     def argument(key: Field, optional: bool) -> tuple[str, Any, Any]:

@@ -28,7 +28,7 @@ from ist.training.job import Job
 from ist.tuner import SparseTuner
 
 STATE = "checkpoint.json"
-FORMAT = 1  # of the files and of what checkpoint.json has; one that names no format is of the first
+FORMAT = 1  # of the files and of checkpoint.json's keys; one without a format is of the first
 
 
 def step_name(step: int) -> str:
@@ -86,9 +86,9 @@ def save_checkpoint(
     """Write output_dir/checkpoints/step_000100 after `step` finished steps. All ranks call it, one with `write`.
 
     Args:
-        adapter: what `load_adapter` gives back and puts in place, by name.
+        adapter: tensors by name, which `load_adapter` gives back and puts in place.
         parameters: those of the adapter that train, now or at another step, by name.
-        state: JSON-ready; what `load_checkpoint` gives back.
+        state: JSON-ready; more keys of checkpoint.json.
     """
     adapter = {name: tensor.contiguous() for name, tensor in gathered(_once(adapter), write).items()}
     tensors, numbers = _split_optimizer(optimizer, parameters)
@@ -107,7 +107,7 @@ def save_checkpoint(
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> None:
-    """Keep the newest `limit` checkpoints (None: all), and the one of step `best` beside them."""
+    """Keep the newest `limit` checkpoints (None: all), and the one of step `best`."""
     steps = sorted(checkpoint_steps(output_dir))
     for step in steps[: max(0, len(steps) - limit)] if limit else []:
         if step != best:
@@ -130,7 +130,7 @@ def read_state(path: Path) -> dict | None:
 
 
 def find_checkpoint(output_dir: Path, request: str | None) -> tuple[Path, dict] | None:
-    """(path, state) of what resume_from_checkpoint asks for: None for none, and for auto where there is none yet.
+    """(path, state) of the checkpoint to resume from: None for none, and for auto where there is none yet.
 
     Raises:
         UsageError: the path asked for is not a whole checkpoint, or it was written by a later version.
@@ -226,7 +226,7 @@ class Progress:
 
 
 class WholeAdapter:
-    """All that makes up the adapter, what trains and what does not, by name; without one, what trains.
+    """All tensors of the adapter by name, trainable or not; without an adapter, the trainable parameters.
 
     Make it before the first forward: after one without gradients FSDP has other objects in the place of some
     parameters.
@@ -235,7 +235,7 @@ class WholeAdapter:
         model: unwrapped, its adapter whole: no layer is frozen yet.
 
     Attributes:
-        parameters: {name: parameter} of what trains, now or at another step; each parameter once.
+        parameters: {name: parameter} of all that train at some step; each parameter once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -277,7 +277,7 @@ class Checkpoints:
         self.saved: int | None = None  # the step of the last one
 
     def resume(self, checkpoint: tuple[Path, dict] | None) -> Progress:
-        """Put a checkpoint's state in place, and remove what a later process has left beside it."""
+        """Put a checkpoint's state in place, and remove later checkpoints and temporary folders."""
         progress = Progress()
         if checkpoint:
             path, state = checkpoint
@@ -327,6 +327,6 @@ class Checkpoints:
         self.extensions.load(load_adapter(path, self.adapter()), read_state(path))
 
     def last(self) -> str:
-        """What is said of a run that has failed."""
+        """Where a failed run can go on from."""
         steps = checkpoint_steps(self.output_dir)
         return f"last good checkpoint: {self.folder / step_name(max(steps)) if steps else 'none'}"

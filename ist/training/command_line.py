@@ -1,6 +1,6 @@
 """The one way all commands read their arguments: YAML first, flags override.
 
-Whatever is wrong with them is a `UsageError`: one line that names the key, the value and what is allowed, printed by
+Bad input is a `UsageError`: one line that names the key, the value and the remedy, printed by
 rank 0, exit code 2.
 """
 
@@ -22,7 +22,7 @@ from ist.config import ConfigError
 
 
 class UsageError(Exception):
-    """What a user can mend: bad arguments, bad data, a wrong folder. Its text is the one line that they see."""
+    """Bad arguments, bad data, a wrong folder. Its text is the one line that a user sees."""
 
 
 def as_usage_error(error: ConfigError) -> UsageError:
@@ -56,7 +56,7 @@ def quiet_known_warnings() -> None:
 
 
 def brief(error: BaseException) -> str:
-    """An error's text on one line, cut to what a line can carry."""
+    """An error's text on one line, cut to 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -68,7 +68,7 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
         key: the argument the files came from, for the error messages.
 
     Raises:
-        UsageError: a file is missing, empty or not what its name says; no rows; columns other than
+        UsageError: a file is missing, empty or of another kind than its name says; no rows; columns other than
             {instruction, output, input (optional)} or {messages}.
     """
     source = dataset_name or ", ".join(files)
@@ -76,7 +76,7 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
         _require_readable(key, file)
     if len({KINDS[Path(file).suffix] for file in files}) > 1:
         raise UsageError(f"--{key} must not mix JSON and Parquet; got {source}.")
-    logger = logging.getLogger("datasets")  # what it logs of a bad file, the error below says in one line
+    logger = logging.getLogger("datasets")  # the error below says in one line what it logs
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
@@ -225,7 +225,7 @@ def encode_rows(
         except UsageError as error:
             raise UsageError(f"--{key}: row {index} {error}.") from error
 
-    # datasets fingerprints a function by its name, not by what it and its helpers do: name everything that matters.
+    # datasets fingerprints a function by its name, not by its code: name everything that matters.
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     specials = (tokenizer.special_tokens_map, tokenizer.eos_token_id, tokenizer.chat_template)
     settings = (template, specials, max_length, completion_only_loss, Path(__file__).read_text())

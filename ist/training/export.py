@@ -1,4 +1,4 @@
-"""What a run hands on: an adapter as stock PEFT writes it, or a model as stock transformers does."""
+"""The result of a run: an adapter as stock PEFT writes it, or a model as stock transformers does."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from ist.training.files import publish
 MODEL_CARD = """---
 {{ card_data }}
 ---
-{{ what }} `{{ base }}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
+{{ kind }} `{{ base }}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
 Selection `{{ selection }}`: {{ trained }} of {{ n_layers }} layers per step, {{ steps }} steps of {{ batch }} rows.
-`run.json` beside this folder has everything else.
+`run.json` in the folder above has everything else.
 
 ```python
 {{ loading }}
@@ -35,7 +35,7 @@ model, tokenizer = {name}.from_pretrained("{folder}"), AutoTokenizer.from_pretra
 def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Arguments, summary: dict, write: bool) -> Path:
     """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
 
-    `adapter` is, by name, what PEFT may look for in the model's state_dict.
+    `adapter` has, by name, all tensors that PEFT may look for in the model's state_dict.
     """
     final, temporary = Path(args.output_dir) / "adapter", Path(args.output_dir) / ".saving-adapter"
     whole = gathered(adapter, write)
@@ -54,7 +54,7 @@ def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Arguments, 
 def save_model(model: PreTrainedModel, args: Arguments, summary: dict, write: bool) -> Path:
     """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
 
-    In float32, as weights train: what was validated is what is saved.
+    In float32, as the weights train: the saved model is the validated one.
     """
     final, temporary = Path(args.output_dir) / "model", Path(args.output_dir) / ".saving-model"
     whole = gathered(model.state_dict(keep_vars=True), write)
@@ -77,12 +77,12 @@ def save_model(model: PreTrainedModel, args: Arguments, summary: dict, write: bo
     return final
 
 
-def _write_card(folder: Path, args: Arguments, summary: dict, data: ModelCardData, what: str, loading: str) -> None:
+def _write_card(folder: Path, args: Arguments, summary: dict, data: ModelCardData, kind: str, loading: str) -> None:
     card = ModelCard.from_template(
         data,
         template_str=MODEL_CARD,
         base=args.model_name_or_path,
-        what=what,
+        kind=kind,
         loading=loading,
         selection=args.selection,
         trained=summary["layer_counts"]["trained"],

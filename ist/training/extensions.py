@@ -1,4 +1,4 @@
-"""What some runs do around each step: AdaLoRA's budget, ID3's masks, moments of layers that rest."""
+"""Steps that some runs add to each optimizer step: AdaLoRA's budget, ID3's masks, moments of resting layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ class Extension:
         """The layers of the step are chosen."""
 
     def after_backward(self, step: int) -> dict[str, Any]:
-        """Gradients are those of the global batch; what is returned goes into the step's line of metrics.jsonl."""
+        """Gradients are those of the global batch; the returned values go into the step's line of metrics.jsonl."""
         return {}
 
     def after_optimizer_step(self, finished: int) -> None:
@@ -43,7 +43,7 @@ class Extension:
         return {}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """From what the two above gave."""
+        """Load the results of the two above."""
 
     def finish(self) -> None:
         """Before the adapter is saved."""

@@ -1,4 +1,4 @@
-"""The pictures of importance: a run (paper, Figure 4), several side by side, and what trackers get."""
+"""The pictures of importance: a run (paper, Figure 4), several side by side, and the heat map of trackers."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def plot_importance(
 ) -> None:
     """The picture, from the lines of importance.jsonl and the steps in which each layer was trained.
 
-    `semantic` is what SemanticFreezing.summary gives; its panel takes the place of importance without updates.
+    `semantic` is SemanticFreezing's summary; its panel takes the place of importance without updates.
     """
     n_layers = len(counts)
     colours = ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")

@@ -74,7 +74,7 @@ def discard(folder: Path, output_dir: Path) -> None:
 
 
 def sweep(output_dir: Path) -> None:
-    """Remove what a process that died while saving or discarding has left under temporary names."""
+    """Remove temporary folders of a process that died while saving or discarding."""
     for pattern in (".saving-*", ".discarded-*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder)

@@ -13,7 +13,7 @@ from ist.training.data import Data
 
 @dataclass(frozen=True)
 class Job:
-    """What main has checked and resolved."""
+    """A run's arguments, rows and checkpoint, checked and resolved."""
 
     args: Resolved
     config: ISTConfig

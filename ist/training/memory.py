@@ -1,4 +1,4 @@
-"""What one training step keeps in memory, by part, counted operation by operation; without a device, if need be.
+"""The memory of one training step, by part, counted operation by operation; without a device, if need be.
 
 The step itself is run, by the same functions as in training: forward with `token_loss_sum`, backward, clipping,
 optimizer. A storage counts from the operation that makes it to the moment its last reference goes. On fake tensors
@@ -6,7 +6,7 @@ nothing is allocated or computed, so that a 13B model is counted in seconds; on 
 there, which is how the tests know that both agree.
 
 Not counted, as no operation of torch makes it: the workspace inside a kernel (cuBLAS, attention), the CUDA context,
-what the allocator keeps in reserve, rounding to its blocks.
+the allocator's reserve, rounding to its blocks.
 """
 
 import math
@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
     """Within the context, every storage that an operation makes: when, how large, and when it goes.
 
     torch's own MemTracker stops at the first frozen parameter ("cannot register a hook on a tensor that doesn't
-    require gradient"), and frozen parameters are what this project is about.
+    require gradient"), and here most parameters are frozen.
 
     Attributes:
         events: [(number of the storage, its bytes when made, minus its bytes when freed)], in order.
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
         return self._numbers[storage]
 
     def alive(self) -> dict[int, int]:
-        """{number: bytes} of what is there now."""
+        """{number: bytes} of the live storages."""
         return _alive(self.events)
 
 
@@ -98,11 +98,11 @@ class StepMemory:
 
     Attributes:
         weights: parameters, adapters among them, and buffers.
-        optimizer: state of all that ever trains, or with `optimizer_state` other than keep of what trains at this step.
-        gradients: of what trains at this step, all there.
-        saved: what the forward leaves for the backward, log-probabilities included.
+        optimizer: state of all parameters that ever train; unless `optimizer_state` is keep, of those of this step.
+        gradients: of the parameters that train at this step.
+        saved: tensors that the forward keeps for the backward, log-probabilities included.
         moments: {"forward", "backward", "optimizer step": {part: bytes}}, the parts where their sum is largest in it;
-            `temporary` is what is in no other part: logits and their gradient, gradients of activations, what
+            `temporary` is the rest: logits and their gradient, gradients of activations, what
             checkpointing computes anew, unpacked 4-bit weights.
     """
 
@@ -135,7 +135,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def weight_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, and what belongs to 4-bit weights: scales of 64 weights each, scales of 256 of those."""
+    """Parameters, buffers, and the states of 4-bit weights: scales of 64 weights each, scales of 256 of those."""
     tensors = [*model.parameters(), *model.buffers()]
     for state in [tensor.quant_state for tensor in tensors if hasattr(tensor, "quant_state")]:
         tensors += [value for part in (vars(state), vars(state.state2)) for value in part.values()]
@@ -262,10 +262,10 @@ def _eight_bit_state_bytes(parameter: Tensor) -> int:
 
 @dataclass
 class SavedByLayer:
-    """What the forward saves is a sum over layers, each of one of four kinds; exact where all layers are alike.
+    """The bytes that the forward saves, as a sum over layers of four kinds; exact where all layers are alike.
 
-    Below the lowest layer that trains nothing is saved. `head` is what the lowest trained layer saves together with
-    what lies above all layers; a layer above it saves `trained` or `frozen` bytes.
+    Below the lowest layer that trains nothing is saved. `head` is for the lowest trained layer together with
+    the modules above all layers; a layer above it saves `trained` or `frozen` bytes.
     """
 
     head: int
@@ -349,7 +349,7 @@ def _native_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplac
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """On a CPU, keep what a GPU keeps of dropout.
+    """On a CPU, keep dropout's tensors as a GPU does.
 
     That is a byte for each element that it saw, where CPUs keep a float; and nothing of dropout on attention weights,
     which a GPU's kernels apply themselves, where CPUs fall back to one that keeps all attention weights.
@@ -368,7 +368,7 @@ def as_on_gpu() -> Iterator[None]:
 
 @contextmanager
 def _without_values(padded: bool) -> Iterator[None]:
-    """Fake tensors; whether a mask masks anything, which transformers asks their values, they are told."""
+    """Fake tensors; transformers reads from a mask's values whether it masks anything: here `padded` answers."""
     quantize_4bit(torch.zeros(64), compress_statistics=True)  # its tables are cached, and must not be fake ones
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

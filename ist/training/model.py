@@ -1,4 +1,4 @@
-"""From arguments to a model that trains, and its optimizer; what is wrong with them shows before weights are loaded."""
+"""From arguments to a model that trains, and its optimizer; a bad value is refused before weights are loaded."""
 
 import math
 import re
@@ -45,7 +45,7 @@ from ist.training.peft_config import make_peft_config, require_served
 
 
 def free_base_weights(model: nn.Module, args: Arguments) -> LayerMap:
-    """peft_method none: let the text decoder's layers train; what is in no layer (embeddings, head) too where all do.
+    """peft_method none: let the text decoder's layers train; embeddings and head too where all layers train.
 
     LISA's description has embeddings and head trained at every step, ID3's has candidates all over the model. For the
     other rules the layers are the choice, and trained embeddings would bring the backward down through the layers that
@@ -283,7 +283,7 @@ def _quantization(args: Arguments) -> BitsAndBytesConfig:
 
 
 def load_model(args: Arguments, peft_config: PeftConfig | None, device: torch.device) -> nn.Module:
-    """The model with its adapter, or with its own weights to train; in train mode, what trains in float32."""
+    """The model with its adapter, or with its own weights to train; in train mode, trainable parameters in float32."""
     options = {"dtype": args.dtype}
     if args.load_in_4bit:
         quantization = _quantization(args)
@@ -306,7 +306,7 @@ def load_model(args: Arguments, peft_config: PeftConfig | None, device: torch.de
 
 
 def load_skeleton(args: Arguments, peft_config: PeftConfig | None, config: PretrainedConfig) -> nn.Module:
-    """What `load_model` gives, on the meta device. Its 4-bit weights have their unpacked shapes.
+    """The model of `load_model`, on the meta device. Its 4-bit weights have their unpacked shapes.
 
     Raises:
         UsageError: the method makes its adapters from the base weights, which are not there.

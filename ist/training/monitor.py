@@ -1,4 +1,4 @@
-"""What a run says and does after a step: a line of metrics.jsonl, a validation, a checkpoint, each when it is due."""
+"""Logging, validation and checkpoints, each when it is due; the lines that a run prints."""
 
 import math
 import os
@@ -35,7 +35,7 @@ class ProgressBar:
 
 
 class Monitor:
-    """What comes after a step: its line of metrics.jsonl, a validation, a checkpoint, each when it is due."""
+    """Called after each step: writes its line of metrics.jsonl, validates, saves, each when it is due."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class Monitor:
         self.bar = ProgressBar(accelerator, job.max_steps)
 
     def begin(self, progress: Progress, semantic: dict | None) -> None:
-        """Say what runs, and measure the first validation loss of a run that begins.
+        """Print the description of the run, and measure the first validation loss of a run that begins.
 
         Args:
-            semantic: what a semantic rule saw before training.
+            semantic: the summary of a semantic rule.
         """
         tuner = self.checkpoints.tuner
         if semantic:
@@ -83,7 +83,7 @@ class Monitor:
             tokens: of the global batch.
 
         Raises:
-            FloatingPointError: loss, gradient norm, or what is to be saved is not finite.
+            FloatingPointError: loss, gradient norm, or a weight to be saved is not finite.
         """
         tuner = self.checkpoints.tuner
         args, step, last = self.job.args, progress.step, progress.step == self.job.max_steps
@@ -142,14 +142,15 @@ class Monitor:
         """
         numbers = reduce_sum(loss.double()).item(), full_tensor(grad_norm).item()
         if not all(map(math.isfinite, numbers)):
-            what = f"loss {numbers[0]}, grad_norm {numbers[1]} at step {progress.step}"
-            raise FloatingPointError(f"{what}; {self.checkpoints.last()}")
+            numbers_read = f"loss {numbers[0]}, grad_norm {numbers[1]} at step {progress.step}"
+            raise FloatingPointError(f"{numbers_read}; {self.checkpoints.last()}")
         return numbers
 
     def require_finite(self, progress: Progress) -> None:
         if not all_finite(self.checkpoints.parameters.values(), self.accelerator.device):
-            what = f"a trained weight is not finite after step {progress.step}"
-            raise FloatingPointError(f"{what}; {self.checkpoints.last()}")
+            raise FloatingPointError(
+                f"a trained weight is not finite after step {progress.step}; {self.checkpoints.last()}"
+            )
 
     def save(self, progress: Progress) -> None:
         self.require_finite(progress)
@@ -196,7 +197,9 @@ def description(
         names = ", ".join(tuner.layers.outside[:5]) + (", …" if len(tuner.layers.outside) > 5 else "")
         lines.append(f"In no layer, or shared by several, so trained at every step: {names}")
         if args.selection in ("last", "semantic", "semantic+ist"):
-            lines.append("What these need of the layers below the trained ones is kept for the backward as well.")
+            lines.append(
+                "Their backward goes through the layers below the trained ones, whose activations are kept as well."
+            )
     if warmup >= max_steps:
         lines.append(f"All {max_steps} steps are within the warm-up of {warmup}; --warmup_steps sets it.")
     return lines

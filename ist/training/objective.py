@@ -1,4 +1,4 @@
-"""What a step minimises: the batches of a run, their loss, and its gradient, the same on any number of ranks."""
+"""The objective of a run: its batches, their loss, and the gradient, the same on any number of ranks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -114,7 +114,7 @@ class Objective:
         self._reducer.finish()
 
     def first_forward(self, resumed: bool) -> None:
-        """FSDP fixes each group's reduce dtypes at its first forward, from what is trainable then: it must see all.
+        """FSDP fixes each group's reduce dtypes at its first forward, from the parameters that train then: all must.
 
         Raises:
             UsageError: rows would be packed, and the model gives packed rows another loss; of a run that begins.

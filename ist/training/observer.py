@@ -8,7 +8,7 @@ import torch
 
 
 class Observer:
-    """Told of each step by the loop of train_ist.py; does nothing."""
+    """Called by the loop of train_ist.py at each step; does nothing."""
 
     def ready(self, tuner: Any, optimizer: torch.optim.Optimizer) -> None:
         """All is made, nothing is loaded from a checkpoint yet."""
@@ -26,7 +26,7 @@ class Observer:
 
 
 class StepClock:
-    """Seconds of steps, validations and saves apart, since the last logged step and since the run began."""
+    """Seconds of steps, without validations and saves, since the last logged step and since the run began."""
 
     def __init__(self) -> None:
         self.run_seconds = self.window_seconds = 0.0

@@ -55,7 +55,7 @@ def _no_constant(name: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a JSON file can be of the annotated type; what is not plain is left to the configuration."""
+    """Whether a value of a JSON file can be of the annotated type; the class checks types beyond JSON."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)

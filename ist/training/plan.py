@@ -44,7 +44,7 @@ class Topology:
     device_bytes: int
 
 
-# Of a device's memory, what a plan may use: the rest is for the context, workspaces, and the allocator's gaps.
+# The share of a device's memory that a plan may use: the rest is for the context, workspaces, and the allocator's gaps.
 USABLE = 0.9
 
 
@@ -52,7 +52,7 @@ def sharded_step(step: StepMemory, counter: StepCounter, ranks: int, ever: Itera
     """A step as one of FSDP2's ranks has it, from the step of a whole model on one device.
 
     Weights, gradients and optimizer state: this rank's share, the first dimension cut into `ranks` pieces and rounded
-    up. Gathered, and `temporary`: what is in no layer (embeddings, head), from the forward on, and two layers, the one
+    up. Gathered, and `temporary`: embeddings and head, from the forward on, and two layers, the one
     at work and the next, gathered early. In the backward the gradients of one layer are whole twice before they are
     reduced: as they come, and in one piece. Activations are as on one device.
     """
@@ -131,11 +131,11 @@ class PlannedRun:
 def predict(run: PlannedRun) -> Prediction:
     """Peak memory per device of a run.
 
-    Not in it: what torch.compile changes, and `probe: gradient`, whose backward goes through every layer.
+    Not in it: changes by torch.compile, and `probe: gradient`, whose backward goes through every layer.
 
     Raises:
-        UsageError: the adapter cannot be made without weights, the model cannot be followed without values, or what
-            trains is scalars that gradients choose.
+        UsageError: the adapter cannot be made without weights, the model cannot be followed without values, or the
+            selection chooses scalars by their gradients.
     """
     if run.ist_config.selection == "id3":
         raise UsageError("--plan knows layers, --selection id3 chooses scalars: plan it as --selection all.")
@@ -232,7 +232,7 @@ def plan(run: PlannedRun) -> str:
     if helped > 1:
         peak = predict(all_changed).step.peak
         rows.append(["all of these", _gb(peak), "yes" if peak <= usable else "no"])
-    lines += [f"It does not fit: {verdict}. What to change, and the peak it gives:", ""]
+    lines += [f"It does not fit: {verdict}. Changes, and the peak of each:", ""]
     return "\n".join([*lines, *markdown_table(["change", "peak, GB", "fits"], rows)])
 
 

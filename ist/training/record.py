@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same for trackers."""
+"""The record of a run: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same numbers for trackers."""
 
 import fcntl
 import json
@@ -38,7 +38,7 @@ def read_run(output_dir: Path) -> dict | None:
 
 
 def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
-    """What run.json says of where a run ran: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
+    """Where a run runs, for run.json: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         folder = Path(__file__).parent
@@ -72,7 +72,7 @@ def _flat(configuration: dict) -> dict:
 
 
 def differing_keys(there: dict, here: dict) -> str:
-    """What stands in the way of going on with a run of configuration `there`; empty when nothing does."""
+    """The keys, with both values, that keep one configuration from resuming another's run; empty without any."""
     if ("adapter" in there) != ("adapter" in here):
         return f"peft_config ({'given' if 'adapter' in there else 'none'} there, the other way here)"
     there, here = _flat(there), _flat(here)
@@ -107,9 +107,7 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
     if not holds_results:
         return False
     if run is None:
-        raise UsageError(
-            f"--output_dir {output_dir} holds results but no {RUN} that says of what. Choose another folder."
-        )
+        raise UsageError(f"--output_dir {output_dir} holds results but no {RUN}. Choose another folder.")
     if differing := differing_keys(run["configuration"], configuration):
         raise UsageError(f"--output_dir {output_dir} holds another run's results: {differing}. Choose another folder.")
     if run["status"] != "finished" and not resume:
@@ -175,7 +173,7 @@ class RunRecord:
             for key, value in self.summary["configuration"].items()
         }
         self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "ist"), scalars, options)
-        if self._lost:  # a process that is killed takes along what W&B has not written yet, offline all of it
+        if self._lost:  # lines that W&B had not written yet are lost with a killed process, offline all of them
             lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
             for line in sorted(lines, key=lambda line: line["step"]):
                 self._track(self.accelerator.log, tracked_values(line), step=line["step"])
@@ -193,7 +191,7 @@ class RunRecord:
         self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
 
     def progress(self, **facts: Any) -> None:
-        """What run.json will say when it is next written."""
+        """Update run.json's content, which is written at the next change of status."""
         self.summary.update(facts)
 
     def close(self, status: str, **facts: Any) -> None:
@@ -226,7 +224,7 @@ class RunRecord:
         return next((tracker.run for tracker in trackers if tracker.name == "wandb"), None)
 
     def _track(self, call: Callable, *args: Any, **kwargs: Any) -> None:
-        """Tell the trackers. One that fails does not take the run along: from then on there are the files alone."""
+        """Call a tracker. If it fails, the run goes on with its files alone."""
         try:
             call(*args, **kwargs)
         except Exception as error:
@@ -239,7 +237,7 @@ class RunRecord:
         self._track(self.accelerator.log, tracked_values(line), step=line["step"])
 
     def semantic(self, summary: dict, counts: LayerCounts) -> None:
-        """What a semantic rule saw before training, and the layers that it left to train."""
+        """The summary of a semantic rule, and the layers that it left to train."""
         self.summary.update(semantic=summary, layer_counts=counts._asdict())
         if self.main:
             write_json(self.output_dir / RUN, self.summary)

@@ -15,14 +15,14 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 class RestingState:
-    """What becomes of moments while their layer rests: dropped, or on the CPU until it trains again.
+    """Moments of layers that rest: dropped, or on the CPU until the layer trains again.
 
     drop: memory for the trained layers only; a layer that is drawn again starts with zero moments, as at first.
     offload: the same memory on the GPU, and the moments survive; they go and come when layers change.
 
     Args:
         optimizer: torch's, not Accelerate's wrapper of it.
-        layers: whose parameters' state it is; what is in no layer keeps its state where it is.
+        layers: whose parameters' state it is; parameters outside the layers keep theirs in place.
         policy: "keep" (nothing is done), "drop" or "offload".
     """
 
