@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer of its own, word problems as rows, and train_ist.py as a function and as a process."""
+"""Fixtures: word problems as rows, a tiny model, and train_ist.py as a function and as a process."""
 
 import json
 import os
@@ -6,26 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.pop("WANDB_RUN_ID", None)
+sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-import torch
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from accelerate.state import AcceleratorState, GradientState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from support import ROOT, make_tiny, reset_accelerate
 
 from ist.training.word_problems import arithmetic_rows
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,30 +24,9 @@ def hf_cache(tmp_path_factory):
     datasets.disable_progress_bars()
 
 
-def tiny_config(n_layers: int = 4, **options) -> LlamaConfig:
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaConfig(num_hidden_layers=n_layers, **{"vocab_size": 400, "initializer_range": 0.2, **shape, **options})
-
-
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
     return arithmetic_rows(60, seed=1, held_out=False)
-
-
-def make_tiny(folder: Path, rows: list[dict]) -> Path:
-    """A folder with a 4-layer random Llama and a BPE tokenizer trained on the rows."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator([row["instruction"] + row["output"] for row in rows], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -92,12 +57,6 @@ def arguments(tiny, train_file, tmp_path):
     return make
 
 
-def reset_accelerate() -> None:
-    """Accelerate keeps its state in singletons: a second run in one process starts from none."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture
 def train(arguments):
     """Run train_ist.py's main in this process: train(max_steps=20) -> exit code."""
@@ -121,10 +80,6 @@ def train_process(arguments):
     return run
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="session")
 def work(tmp_path_factory, rows) -> Path:
     """Where the launches of rules.py find their model and rows, and leave their runs."""
@@ -137,19 +92,6 @@ def work(tmp_path_factory, rows) -> Path:
 @pytest.fixture(scope="session")
 def topologies(work) -> dict[str, dict]:
     """All rules, trained on each topology; a worker makes it once."""
-    import rules
+    from support import rules
 
     return {topology: rules.launch(topology, work) for topology in ("one", "ddp", "fsdp2")}
-
-
-def offline_records(run: Path) -> list[list[dict]]:
-    """The records of an offline W&B run, one for each time that it was started, as wandb reads them back."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
-    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
-    printed = [subprocess.run([*command, file], check=True, capture_output=True, text=True).stdout for file in files]
-    return [[json.loads(line) for line in text.splitlines()] for text in printed]
-
-
-def of_type(record: list[dict], kind: str) -> list[dict]:
-    """The entries of one type: run, history, exit, artifact, preempting ..."""
-    return [entry[kind] for entry in record if entry["type"] == kind]

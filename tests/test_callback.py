@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import wandb
-from callback_run import IST, arguments, in_order, lora, pad
-from conftest import ROOT, read_lines, reset_accelerate
 from datasets import IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from support import ROOT, read_lines, reset_accelerate
+from support.callback_run import IST, arguments, in_order, lora, pad
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -107,7 +107,7 @@ def test_two_ranks_train_the_same_layers_and_resume(reference, tiny, tmp_path):
     os.symlink(tiny, tmp_path / "tiny")
     (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", "accelerate_configs/ddp.yaml", "tests/callback_run.py", str(tmp_path)]
+    command += ["--config_file", "accelerate_configs/ddp.yaml", "tests/support/callback_run.py", str(tmp_path)]
     for arguments_ in ([], [str(tmp_path / "run/checkpoint-10")]):
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         result = subprocess.run(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_lines
 from safetensors.torch import load_file
+from support import ROOT, read_lines
 
 from ist.training.command_line import UsageError
 
@@ -43,7 +43,7 @@ def launch(
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", f"accelerate_configs/{config}", "--main_process_port", "0", *topology]
     return subprocess.run(
-        [*command, "tests/spy.py", "train_ist.py", *flags],
+        [*command, "tests/support/spy.py", "train_ist.py", *flags],
         env={**os.environ, "ACCELERATE_USE_CPU": str(device == "cpu"), "SPY_DIR": str(spy_dir), **environment},
         cwd=ROOT,
         capture_output=True,
@@ -227,7 +227,7 @@ def test_bf16_fsdp_with_layers_frozen_from_the_first_step(device, tiny, train_fi
 
 
 def test_another_number_of_ranks_cuts_the_same_global_batch(runs, tiny, train_file, tmp_path):
-    from conftest import reset_accelerate
+    from support import reset_accelerate
 
     import train_ist
 
@@ -328,7 +328,7 @@ def test_two_nodes(runs, tiny, train_file, tmp_path, two_hosts, kind):
         command = [*prefix, sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", f"accelerate_configs/multi_node_{kind}.yaml", "--num_machines", "2"]
         command += ["--num_processes", "2", "--machine_rank", str(node), "--main_process_ip", address]
-        command += ["tests/spy.py", "train_ist.py", *flags]
+        command += ["tests/support/spy.py", "train_ist.py", *flags]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "SPY_DIR": str(tmp_path)}
         environment["GLOO_SOCKET_IFNAME"] = interface
         with open(tmp_path / f"node{node}.log", "w") as log:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT, read_lines
+from support import ROOT, read_lines
 
 
 def test_the_installed_package_trains_from_another_folder(tiny, tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import read_lines, tiny_config
 from datasets import Dataset
 from peft import LilyConfig, LoraConfig, get_peft_model
+from support import read_lines, tiny_config
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from ist import probe

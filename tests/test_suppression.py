@@ -5,9 +5,9 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import tiny_config
 from peft import BOFTConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PveraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from support import tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM
 

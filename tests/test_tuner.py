@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_config
 from peft import (
     LoraConfig,
     ShiraConfig,
@@ -12,6 +11,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from support import tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM
 

@@ -1,8 +1,11 @@
-"""What results say: bootstrap intervals and rank correlation."""
+"""Statistics of results: bootstrap intervals, paired differences, rank correlation."""
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 
 def interval(pairs: list[tuple[dict, dict]], tasks: list[str], draws: int = 2000) -> list[float]:
@@ -21,11 +24,17 @@ def interval(pairs: list[tuple[dict, dict]], tasks: list[str], draws: int = 2000
 
 
 def spearman(one: Sequence[float], two: Sequence[float]) -> float:
-    """Spearman's rho; equal values share their mean rank. NaN where all values of a side are equal."""
+    """Spearman's rho; NaN where all values of a side are equal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return float(stats.spearmanr(one, two).statistic)
 
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        values = np.array(values)
-        return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
 
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(ranks(one), ranks(two))[0, 1])
+def paired(one: Sequence[float], two: Sequence[float]) -> dict[str, Any]:
+    """{mean, sd, interval, seeds} of the differences of pairs; the 95 % interval is Student's t, None of one pair."""
+    differences = np.subtract(one, two)
+    found = {"mean": float(differences.mean()), "sd": None, "interval": None, "seeds": len(differences)}
+    if len(differences) > 1:
+        found["sd"] = float(differences.std(ddof=1))
+        found["interval"] = [*map(float, stats.ttest_rel(one, two).confidence_interval())]
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 
 from ist.training.command_line import UsageError
-from ist.training.files import write_json
+from ist.training.files import write_json, write_text
 from ist.training.record import environment
 
 
@@ -25,14 +25,32 @@ def joined(heads: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return facts
 
 
+def require_place(readme: str | Path, name: str) -> None:
+    """Raises UsageError unless the file has a place for the table `name`, before anything is run."""
+    if not Path(readme).is_file():
+        raise UsageError(f"--readme {readme}: no such file.")
+    if f"<!-- {name} -->" not in Path(readme).read_text():
+        raise UsageError(f"--readme {readme} has no place <!-- {name} --> for the tables.")
+
+
 def require_publishing(publish: str | None, readme: str | None) -> None:
     """Raises UsageError where `publish` below would have no place for the table, before anything is run."""
     if readme and not publish:
         raise UsageError("--readme needs --publish, whose name is that of the markers.")
-    if readme and not Path(readme).is_file():
-        raise UsageError(f"--readme {readme}: no such file.")
-    if readme and f"<!-- {Path(publish).stem} -->" not in Path(readme).read_text():
-        raise UsageError(f"--readme {readme} has no place <!-- {Path(publish).stem} --> for the tables.")
+    if readme:
+        require_place(readme, Path(publish).stem)
+
+
+def table_in(text: str, name: str) -> str:
+    """The table between <!-- NAME --> and <!-- /NAME --> of a Markdown text."""
+    return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+
+
+def insert_table(readme: Path, name: str, table: str) -> None:
+    """Write a table into a Markdown file, between <!-- NAME --> and <!-- /NAME -->."""
+    before, rest = readme.read_text().split(f"<!-- {name} -->\n")
+    after = rest.split(f"<!-- /{name} -->\n")[1]
+    write_text(readme, f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->\n{after}")
 
 
 def publish(
@@ -55,7 +73,5 @@ def publish(
     whole = head | result
     write_json(file, whole)
     if readme:
-        before, rest = readme.read_text().split(f"<!-- {file.stem} -->\n")
-        after = rest.split(f"<!-- /{file.stem} -->\n")[1]
-        readme.write_text(f"{before}<!-- {file.stem} -->\n{table}\n<!-- /{file.stem} -->\n{after}")
+        insert_table(readme, file.stem, table)
     return whole

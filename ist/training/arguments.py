@@ -12,9 +12,9 @@ from typing import Any, Literal, get_origin
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ist.config import Count, ISTConfig
+from ist.config import ConfigError, Count, ISTConfig
 from ist.selection import RULES, rule_fields
-from ist.training.command_line import UsageError, parse_arguments, require
+from ist.training.command_line import UsageError, as_usage_error, parse_arguments, require
 
 
 def option(default: Any, help: str) -> Any:
@@ -195,7 +195,10 @@ def _selection_arguments() -> type:
 
     def make_config(self) -> None:
         given = {key.name: getattr(self, key.name) for key in fields(self)}
-        config = ISTConfig(**{key: value for key, value in given.items() if value is not None})
+        try:
+            config = ISTConfig(**{key: value for key, value in given.items() if value is not None})
+        except ConfigError as error:
+            raise as_usage_error(error) from error
         object.__setattr__(self, "config", config)
 
     own = [argument(key, False) for key in fields(ISTConfig)]
@@ -212,21 +215,10 @@ ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, SelectionArguments
 
 @dataclass(frozen=True)
 class Arguments(RunArguments, TrainArguments, SelectionArguments, AdapterArguments, DataArguments, ModelArguments):
-    """All keys of train_ist.py, each as its group has checked it.
-
-    Raises:
-        UsageError: keys that do not go together.
-    """
+    """All keys of train_ist.py, each as its group has checked it."""
 
     def __post_init__(self) -> None:
-        has_validation = bool(self.validation_file or self.validation_size)
-        for key in ("load_best_model_at_end", "eval_steps"):
-            if getattr(self, key) and not has_validation:
-                raise UsageError(f"--{key} needs --validation_file or --validation_size.")
-        if self.load_best_model_at_end and not self.eval_steps:
-            raise UsageError("--load_best_model_at_end needs --eval_steps.")
-        if self.selection == "id3" and self.optim != "adamw_torch":
-            raise UsageError(f"--optim {self.optim} keeps moments of masked weights too: use adamw_torch with id3.")
+        """Of one group alone where it is inherited: all have been checked."""
 
     @classmethod
     def joined(cls, groups: Sequence[Any]) -> "Arguments":
@@ -269,7 +261,21 @@ def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Arg
     others = [key.name for key in fields(AdapterArguments) if key.name != "peft_config"]
     *groups, recipe = parse_arguments(ARGUMENTS, argv, description, alone=("peft_config", others))
     config = next(group.config for group in groups if isinstance(group, SelectionArguments))
-    return Arguments.joined(groups), config, recipe
+    args = Arguments.joined(groups)
+    _require_consistent(args)
+    return args, config, recipe
+
+
+def _require_consistent(args: Arguments) -> None:
+    """Raises UsageError for keys of several groups that do not go together."""
+    has_validation = bool(args.validation_file or args.validation_size)
+    for key in ("load_best_model_at_end", "eval_steps"):
+        if getattr(args, key) and not has_validation:
+            raise UsageError(f"--{key} needs --validation_file or --validation_size.")
+    if args.load_best_model_at_end and not args.eval_steps:
+        raise UsageError("--load_best_model_at_end needs --eval_steps.")
+    if args.selection == "id3" and args.optim != "adamw_torch":
+        raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")
 
 
 def resolve_output_dir(args: Resolved, recipe: str | None) -> Resolved:

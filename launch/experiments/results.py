@@ -1,0 +1,155 @@
+"""The results of an experiment as files: one for each run, and experiment.json for the rest.
+
+<arm>-<seed>.json    a run: configuration, commit, hardware, losses over steps, layers trained, answers
+experiment.json      recipe, data, tuning trials, and of each arm its settings, bytes and seconds per step
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ist.benchmark.speed import WINDOW, arguments_of, ratio_of, take_turns
+from ist.report.tables import joined, listed
+from ist.training.command_line import UsageError
+from ist.training.files import IMPORTANCE, METRICS, keep_lines, read_lines, write_json
+from ist.training.memory import SavedByLayer, counting
+from ist.training.model import plan_layers
+from ist.training.peft_config import make_peft_config
+from ist.training.record import read_run
+
+SUMMARY = "experiment.json"
+TIMED_AT_ONCE = 3  # arms that are timed together with the first one: all are in memory
+
+
+def run_name(arm: str, seed: int) -> str:
+    """The file of a run: "IST 8, mu 1000" of seed 1 is ist-8-mu-1000-1.json."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', arm.lower()).strip('-')}-{seed}.json"
+
+
+def write_results(folder: Path, summary: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
+    """Write a folder of results; files of runs that are not among `runs` are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {run_name(run["arm"], run["seed"]): run for run in runs}
+    for name, run in names.items():
+        write_json(folder / name, run)
+    write_json(folder / SUMMARY, summary)
+    for file in folder.glob("*.json"):
+        if file.name not in (SUMMARY, *names):
+            file.unlink()
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """experiment.json, its arms with their `runs` by seed, and the joined facts (date, commit, hardware, versions).
+
+    Raises:
+        UsageError: no folder of results, or the file of a run is missing.
+    """
+    try:
+        results = json.loads((folder / SUMMARY).read_text())
+        for name, arm in results["arms"].items():
+            arm["runs"] = [json.loads((folder / run_name(name, seed)).read_text()) for seed in results["seeds"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{folder} holds no whole results of an experiment: {error}.") from error
+    return results | joined([run for arm in results["arms"].values() for run in arm["runs"]])
+
+
+def bytes_by_part(flags: dict[str, Any], trained: Sequence[Sequence[int]], tokens: float) -> dict[str, float]:
+    """{weights, optimizer, gradients, saved: bytes}, counted as on a GPU; `saved` are the tensors that a
+    forward keeps for the backward, the mean over steps in which the layers `trained` trained.
+
+    Args:
+        tokens: of a row of a micro-batch, which is counted without padding.
+    """
+    args = arguments_of(flags)
+    args, layers, config, _ = plan_layers(args, sharded=False)
+    n_layers, peft_config = layers.n_layers, make_peft_config(args)
+    shape = (args.per_device_train_batch_size, round(tokens))
+    with counting(args, peft_config, config, shape) as counter:
+        count = max(1, n_layers // 4)
+        last = range(n_layers - count, n_layers)
+        sets = (range(n_layers), [0, *last[1:]], last)
+        by_layer = SavedByLayer.solved(*map(counter.saved, sets), n_layers, count)
+        step = counter.step(trained[0], set().union(*trained))
+    saved = statistics.mean(by_layer.saved(layers, n_layers) for layers in trained)
+    return {"weights": step.weights, "optimizer": step.optimizer, "gradients": step.gradients, "saved": saved}
+
+
+def result_of(arm: str, flags: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
+    """(the results of a finished run as its file has them, the layers trained at each step)."""
+    run = Path(flags["output_dir"])
+    record, lines = read_run(run), read_lines(run / METRICS)
+    steps = [line for line in lines if "loss" in line]
+    updates = read_lines(run / IMPORTANCE)
+    result = {
+        **{"arm": arm, "seed": flags["seed"], "date": record["end"][:10], "folder": str(run)},
+        **{key: record[key] for key in ("commit", "hardware", "versions")},
+        "configuration": {key: value for key, value in flags.items() if not isinstance(value, Path)},
+        "validation": [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line],
+        "loss": [round(line["loss"], 5) for line in steps],
+        "trained_counts": record["trained_counts"],
+        "updates": [{"step": u["step"], "probabilities": [round(p, 5) for p in u["probabilities"]]} for u in updates],
+    }
+    file = run / "evaluation" / "summary.json"
+    if file.exists():
+        summary = json.loads(file.read_text())
+        result |= {"exact": summary["average"], "tasks": {k: v["accuracy"] for k, v in summary["tasks"].items()}}
+    return result, [line["trained_layers"] for line in steps]
+
+
+def measure_seconds(file: Path, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{arm: {step_seconds, ratio: to the first arm's, interval: 95 %, by bootstrap of steps}}.
+
+    Each arm takes turns with the first one, step by step, a few arms at a time and nothing else: runs at the same time
+    hold one another up. Arms that `file` has are not measured again.
+
+    Args:
+        arms: {name: keys of train_ist.py}; arms whose steps are alike are timed once.
+    """
+
+    def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in keys}
+
+    own = ("output_dir", "max_steps", "validation_file", "eval_steps")
+    settings = {name: without(flags, *own) for name, flags in arms.items()}
+    alike = {name: without(flags, "seed", "learning_rate", "score_lr") for name, flags in settings.items()}
+    text = {name: json.dumps(values, sort_keys=True, default=str) for name, values in alike.items()}
+    first = next(iter(arms))
+    lines = {line["settings"]: line for line in read_lines(file) if line.get("reference") == text[first]}
+    others = {text[name]: name for name in reversed(arms) if text[name] != text[first]} or {text[first]: first}
+    names = [name for name in reversed(others.values()) if text[name] not in lines]
+    steps = WINDOW * (11 if torch.cuda.is_available() else 3)
+    keep_lines(file, lambda line: True)
+    for i in range(0, len(names), TIMED_AT_ONCE):
+        group = {f"arm {name}": settings[name] for name in (first, *names[i : i + TIMED_AT_ONCE])}
+        found = take_turns(group, steps, False, lambda line: print(f"seconds  {line}", flush=True))
+        for name in names[i : i + TIMED_AT_ONCE]:
+            this, reference = found[f"arm {name}"], found[f"arm {first}"]
+            ratio, interval = ratio_of([this | {"bare": reference["turns"]}])
+            line = {"settings": text[name], "reference": text[first], "seconds": this["total"]}
+            lines[text[name]] = line | {"first": reference["total"], "ratio": ratio, "interval": interval}
+            with open(file, "a") as stream:
+                stream.write(json.dumps(lines[text[name]]) + "\n")
+    seconds = statistics.median(lines[text[name]]["first"] for name in arms if text[name] in lines)
+    itself = {"ratio": 1.0, "interval": [1.0, 1.0]}
+    kept = {name: itself if text[name] == text[first] else lines[text[name]] for name in arms}
+    return {
+        name: {"step_seconds": one["ratio"] * seconds, "ratio": one["ratio"], "interval": one["interval"]}
+        for name, one in kept.items()
+    }
+
+
+def global_batch_size(runs: Sequence[dict]) -> int:
+    """The one that all runs had.
+
+    Raises:
+        UsageError: they differ, so that the runs cannot be compared.
+    """
+    sizes = {run["configuration"]["global_batch_size"] for run in runs}
+    if len(sizes) > 1:
+        raise UsageError(f"runs differ in global_batch_size ({listed(sizes)}): choose another --output_dir.")
+    return sizes.pop()

@@ -1,0 +1,176 @@
+"""Arms of an experiment in one table: each arm is tuned on a seed of its own, then trained on several seeds.
+
+    python -m launch.experiments.run --experiment launch/experiments/arithmetic.yaml --train_file rows.json \\
+        --model_name_or_path models/SmolLM2-135M-Instruct --output_dir runs/arithmetic
+
+Every run is a `train_ist.py` of its own, goes on where it was stopped, and is not done twice. Leaves results/ in the
+folder (a file for each run, and experiment.json), curves.png and importance.png there, results.md and tuning.md.
+"""
+
+import hashlib
+import json
+import shlex
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ist.training.command_line import quiet_known_warnings
+
+quiet_known_warnings()
+
+from ist.benchmark.speed import arguments_of
+from ist.report.tables import insert_table, listed, require_place
+from ist.training.command_line import UsageError, command, parse_arguments, require, run_command
+from ist.training.files import write_text
+from ist.training.model import plan_layers
+from ist.training.record import read_run, require_writable
+from launch.experiments.design import Experiment
+from launch.experiments.results import (
+    bytes_by_part,
+    global_batch_size,
+    measure_seconds,
+    read_results,
+    result_of,
+    write_results,
+)
+from launch.experiments.rows import write_parts
+from launch.experiments.runner import ROOT, Runner, Where, middle, train_all
+from launch.experiments.tables import draw, experiment_table, tuning_table
+
+
+def _for_runs(path: str) -> str:
+    """A path for runs, whose working directory is that of train_ist.py."""
+    return path if Path.cwd() == ROOT else str(Path(path).absolute())
+
+
+@dataclass
+class ExperimentArguments:
+    experiment: str = field(metadata={"help": "The file of arms and pairs: launch/experiments/*.yaml."})
+    model_name_or_path: str = field(metadata={"help": "The model of all arms."})
+    train_file: list[str] = field(metadata={"help": "Rows as train_ist.py takes them; or plain text (.txt)."})
+    output_dir: str = field(metadata={"help": "Where runs, results and pictures go."})
+    test_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rows or text that only the reported losses see; default: a part of train_file."},
+    )
+    arms: list[str] | None = field(default=None, metadata={"help": "Only these arms; default: all of the file."})
+    jobs: int = field(default=0, metadata={"help": "Runs at a time; default: one per GPU, or per CPU core, up to 8."})
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "Each run under accelerate launch with this file, one run at a time."}
+    )
+    publish: str | None = field(
+        default=None, metadata={"help": "Also write results and pictures into this folder, experiments/results/NAME."}
+    )
+    readme: str | None = field(
+        default=None, metadata={"help": "And the tables into this file, between <!-- NAME --> and <!-- /NAME -->."}
+    )
+
+    def __post_init__(self) -> None:
+        require(self.jobs >= 0, "jobs", "0 (as many as there are devices) or more", self.jobs)
+        if self.readme and not self.publish:
+            raise UsageError("--readme needs --publish, whose name is that of the markers.")
+        if self.readme:
+            require_place(self.readme, Path(self.publish).name)
+        if self.accelerate_config and not Path(self.accelerate_config).is_file():
+            raise UsageError(f"--accelerate_config {self.accelerate_config}: no such file.")
+        if Path(self.model_name_or_path).exists():  # runs have another working directory
+            self.model_name_or_path = _for_runs(self.model_name_or_path)
+        self.accelerate_config = self.accelerate_config and _for_runs(self.accelerate_config)
+        self.output_dir = _for_runs(self.output_dir)
+
+
+def run_arms(runner: Runner, facts: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train and time the arms; (experiment.json, results of all runs).
+
+    Args:
+        facts: of all arms.
+
+    Raises:
+        UsageError: the runs cannot be compared, or one failed.
+    """
+    experiment, arms = runner.experiment, runner.experiment.arms
+    before = signal.signal(signal.SIGTERM, runner.stop)
+    try:
+        if experiment.evaluate:
+            runner.evaluate(None)
+        tuned, trials = train_all(runner, arms, experiment.seeds)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    flags = {name: [runner.flags(arm, tuned[name], seed) for seed in experiment.seeds] for name, arm in arms.items()}
+    finals = [read_run(Path(one["output_dir"])) for several in flags.values() for one in several]
+    record, runs, entries = finals[0]["configuration"], [], {}
+    for name, arm in arms.items():
+        found = [result_of(name, one) for one in flags[name]]
+        layers = [layers for _, trained in found for layers in trained]
+        sizes = bytes_by_part(flags[name][0], layers, record["train_tokens"] / record["train_rows"])
+        unmasked = read_run(Path(flags[name][0]["output_dir"])).get("id3")
+        if unmasked:  # whose moments are kept with their positions, 16 bytes each
+            sizes["optimizer"] = 16 * unmasked["unmasked"]
+        entries[name] = {"settings": arm.settings, "tuned": tuned[name], "tuned_as": arm.tuned_as}
+        entries[name] |= {"top_of": arm.top_of, "bytes": sizes}
+        runs += [result for result, _ in found]
+    timed = measure_seconds(runner.where.output_dir / "seconds.jsonl", {name: one[0] for name, one in flags.items()})
+    base: dict[str, Any] = {"validation": runs[0]["validation"][0][1]}
+    if experiment.evaluate:
+        base["exact"] = json.loads((runner.folder / "base" / "summary.json").read_text())["average"]
+    return {
+        **facts,
+        "global_batch_size": global_batch_size(finals),
+        "tuning_commit": listed(one["commit"] for one in trials if one["commit"]),
+        "seeds": experiment.seeds,
+        "base": base,
+        "pairs": experiment.pairs,
+        "arms": {name: entry | timed[name] for name, entry in entries.items()},
+        "trials": trials,
+    }, runs
+
+
+def facts_of(args: ExperimentArguments, experiment: Experiment, files: dict[str, Path]) -> dict[str, Any]:
+    """The facts that are the same for all arms."""
+    return {
+        "name": Path(args.experiment).stem,
+        "model": Path(args.model_name_or_path).name,
+        "recipe": experiment.recipe,
+        "evaluate": experiment.evaluate,
+        "tuning_seed": experiment.tuning_seed,
+        "data": {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()},
+        "test_rows": len(json.loads(files["test"].read_text())),
+        "text": all(file.endswith(".txt") for file in args.train_file),
+        "scoring": (experiment.evaluate or {}).get("scoring", "generation"),
+    }
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    args, _ = parse_arguments([ExperimentArguments], argv, __doc__.split("\n")[0])
+    experiment = Experiment.read(args.experiment, args.arms)
+    folder = Path(args.output_dir)
+    require_writable(folder)
+    files = write_parts(args.train_file, args.test_file, experiment.split, folder / "data", experiment.answer_texts)
+    runner = Runner(Where(args.model_name_or_path, folder, args.jobs, args.accelerate_config), experiment, files)
+    arms = experiment.arms
+    for arm in arms.values():  # a bad arm is refused before the first is run
+        first = {key: middle(values) for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
+        try:
+            plan_layers(arguments_of(runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
+        except UsageError as error:
+            raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
+    summary, runs = run_arms(runner, facts_of(args, experiment, files))
+    summary["command"] = "python -m launch.experiments.run " + shlex.join(argv)
+    for target in (folder / "results", *([Path(args.publish)] if args.publish else [])):
+        write_results(target, summary, runs)
+        draw(read_results(target), target)
+    table = experiment_table(folder / "results")
+    print(table)
+    if args.readme:
+        insert_table(Path(args.readme), Path(args.publish).name, table)
+    write_text(folder / "results.md", f"{table}\n\n`{summary['command']}`\n")
+    write_text(folder / "tuning.md", tuning_table(summary["trials"]) + "\n")
+    print(f"{folder / 'results.md'}, {folder / 'tuning.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

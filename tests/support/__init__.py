@@ -1,0 +1,69 @@
+"""Helpers of the tests: a tiny Llama with a tokenizer of its own, and what reads a run's files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("WANDB_RUN_ID", None)
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def tiny_config(n_layers: int = 4, **options) -> LlamaConfig:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(num_hidden_layers=n_layers, **{"vocab_size": 400, "initializer_range": 0.2, **shape, **options})
+
+
+def make_tiny(folder: Path, rows: list[dict]) -> Path:
+    """A folder with a 4-layer random Llama and a BPE tokenizer trained on the rows."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator([row["instruction"] + row["output"] for row in rows], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    return folder
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps its state in singletons: a second run in one process starts from none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def offline_records(run: Path) -> list[list[dict]]:
+    """The records of an offline W&B run, one for each time that it was started, as wandb reads them back."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    printed = [subprocess.run([*command, file], check=True, capture_output=True, text=True).stdout for file in files]
+    return [[json.loads(line) for line in text.splitlines()] for text in printed]
+
+
+def of_type(record: list[dict], kind: str) -> list[dict]:
+    """The entries of one type: run, history, exit, artifact, preempting ..."""
+    return [entry[kind] for entry in record if entry["type"] == kind]

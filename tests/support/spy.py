@@ -1,0 +1,100 @@
+"""`accelerate launch ... tests/support/spy.py train_ist.py ...`: a real launch, watched from inside; and FSDP2 on CPU.
+
+Writes $SPY_DIR/rank<r>.json: the scores, whether every parameter is a DTensor, and the bytes that gradients travelled
+with, per optimizer step and collective. SPY_REBEL=<step>: rank 1 draws other layers from that step on.
+SPY_KILL=<step>: rank 1 dies by SIGKILL in the middle of that step.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
+from torch.distributed.tensor import DTensor
+
+script = sys.argv[1]
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+from ist.benchmark.fsdp_on_cpu import turn_on_fsdp
+from ist.sampler import ImportanceSampler
+from ist.tuner import SparseTuner
+
+rank = int(os.environ.get("RANK", "0"))
+tuners: list[SparseTuner] = []
+travelled: list[Counter] = []
+
+
+def patch(owner, name, wrapper):
+    setattr(owner, name, wrapper(getattr(owner, name)))
+
+
+def counted(original):
+    """Count the bytes that go into a collective; gradients are what is longer than one float32 or bfloat16."""
+
+    def call(*args, **kwargs):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        sent = max(tensors, key=torch.Tensor.numel)  # of a reduce-scatter, the input
+        if travelled and sent.dtype in (torch.float32, torch.bfloat16) and sent.numel() > 1:
+            travelled[-1][original.__name__] += sent.numel() * sent.element_size()
+        return original(*args, **kwargs)
+
+    return call
+
+
+def registered(original):
+    def init(self, model, *args, **kwargs):
+        original(self, model, *args, **kwargs)
+        # Now: during a step, FSDP swaps in the gathered parameters, and leaves the root's there.
+        self.all_dtensors = all(isinstance(p, DTensor) for p in model.parameters())
+        self.linear_4bit = sum(isinstance(module, Linear4bit) for module in model.modules())
+        tuners.append(self)
+
+    return init
+
+
+def watched(original):
+    def begin_step(self, step):
+        update = original(self, step)
+        travelled.append(Counter())
+        if rank == 1 and os.environ.get("SPY_KILL") == str(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update
+
+    return begin_step
+
+
+def rebellious(original):
+    def trained(self, step):
+        chosen = original(self, step)
+        if rank == 1 and step >= int(os.environ.get("SPY_REBEL", "1000000")):
+            chosen = [(i + 1) % self.counts.n_layers for i in chosen]
+        return chosen
+
+    return trained
+
+
+turn_on_fsdp()
+for collective in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single"):
+    if hasattr(dist, collective):
+        patch(dist, collective, counted)
+patch(SparseTuner, "__init__", registered)
+patch(SparseTuner, "begin_step", watched)
+patch(ImportanceSampler, "trained", rebellious)
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    if tuners and "SPY_DIR" in os.environ:
+        seen = {
+            "scores": tuners[0].rule.scores.tolist(),
+            "trained_counts": tuners[0].trained_counts,
+            "all_dtensors": tuners[0].all_dtensors,
+            "linear_4bit": tuners[0].linear_4bit,
+            "travelled": travelled,
+        }
+        with open(f"{os.environ['SPY_DIR']}/rank{rank}.json", "w") as file:
+            json.dump(seen, file)

@@ -1,0 +1,189 @@
+"""Bad input: one clear line before a model is loaded."""
+
+import json
+import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support import tiny_config
+from transformers import LlamaForCausalLM
+
+from ist.training.arguments import parse_training_arguments
+from ist.training.command_line import UsageError
+from ist.training.model import plan_layers
+
+
+def test_code_that_comes_with_a_model_is_not_run(train, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.Custom", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "was_run"
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(UsageError, match="trust_remote_code"):
+        train(model_name_or_path=folder)
+    assert not marker.exists()
+    with pytest.raises(UsageError):  # the code is no model, but now it runs
+        train(model_name_or_path=folder, trust_remote_code=True)
+    assert marker.exists()
+
+
+def test_float16_weights_are_refused_also_where_the_config_does_not_say(train, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    with pytest.raises(UsageError, match="float16"):
+        train(model_name_or_path=folder)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    with pytest.raises(UsageError, match="float16"):
+        train(model_name_or_path=folder)
+    assert train(model_name_or_path=folder, dtype="float32", max_steps=2) == 0
+
+
+def test_a_model_folder_that_is_not_whole(train, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        train(model_name_or_path=folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="holds no weights"):
+        train(model_name_or_path=folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(train, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    LlamaForCausalLM(tiny_config(vocab_size=50)).save_pretrained(folder)
+    with pytest.raises(UsageError, match="do not belong"):
+        train(model_name_or_path=folder)
+
+
+BAD_INPUT = {
+    "unknown key": ({"trained_layer": 0.5}, "unknown key --trained_layer. Did you mean --trained_layers"),
+    "not a number": ({"max_steps": "many"}, "--max_steps must be of type int; got 'many'"),
+    "not a choice": ({"selection": "best"}, "--selection: invalid choice: 'best'"),
+    "count out of range": ({"trained_layers": 5}, "from 1 to 4.*got 5"),
+    "ambiguous count": ({"kept_layers": "1.0"}, "--kept_layers 1.0 is ambiguous"),
+    "max_length": ({"max_length": 0}, "--max_length must be 2 or more tokens; got 0"),
+    "no data": ({"train_file": None}, "--train_file FILE or --dataset_name"),
+    "missing file": ({"train_file": "nowhere.json"}, "--train_file nowhere.json: no such file"),
+    "missing recipe": ({"config": "nowhere.yaml"}, "--config nowhere.yaml: No such file"),
+    "not a model": ({"model_name_or_path": "tests"}, "--model_name_or_path tests cannot be used"),
+    "no layer list": ({"target_modules": "lm_head"}, "no layer list"),
+    "no such modules": ({"target_modules": "q_proj,w_query"}, "--target_modules: the model has no module w_query"),
+    "output is a file": ({"output_dir": "README.md/x"}, "--output_dir README.md/x cannot be written"),
+    "auto without a folder": ({"output_dir": None, "resume_from_checkpoint": "auto"}, "needs --output_dir"),
+    "validation nan": ({"validation_size": "nan"}, "--validation_size must be"),
+    "validation key": ({"eval_steps": 5}, "--eval_steps needs --validation_file"),
+    "validation size": ({"validation_size": 60}, "--validation_size must be less than the 60 rows"),
+    "not a checkpoint": ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be none, auto or"),
+    "no encoder": ({"layer_stack": "encoder"}, "^--layer_stack encoder: the model has no encoder"),
+    "bottleneck": ({"bottleneck_size": 0}, "--bottleneck_size must be 1 or more; got 0"),
+    "peft_config and a key": (
+        {"peft_config": "lora.json"},
+        "--peft_config says it all: leave out --lora_r, --lora_alpha",
+    ),
+    "float16": ({"dtype": "float16"}, "--dtype: invalid choice: 'float16'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_clear_line(train, tmp_path, name):
+    options, message = BAD_INPUT[name]
+    with pytest.raises(UsageError, match=message) as error:
+        train(**options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+BAD_PEFT_CONFIG = {
+    "no file": (None, "cannot be read: No such file"),
+    "not JSON": ("{", "is not a PEFT configuration in JSON"),
+    "a list": ("[1]", "is not a PEFT configuration in JSON"),
+    "no type": ('{"r": 4}', "peft_type must be one of ADALORA, .*; got None"),
+    "unknown type": ('{"peft_type": "lorra"}', "peft_type must be one of .*; got lorra"),
+    "unknown key": ('{"peft_type": "LORA", "rank": 4}', "LoraConfig has no rank"),
+    "bad value": ('{"peft_type": "SERIES", "non_linearity": "rleu"}', "non_linearity must be one of"),
+    "bad rank": ('{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}', "`r` should be a positive integer"),
+    "no target": ('{"peft_type": "LORA", "target_modules": ["w_query"]}', "Target modules .*w_query.* not found"),
+    "a prompt": ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', "PREFIX_TUNING is not served: it learns"),
+    "not an int": ('{"peft_type": "LORA", "r": "8"}', 'r must be of type int; got "8"'),
+    "not a whole number": ('{"peft_type": "SERIES", "bottleneck_size": 8.5}', "bottleneck_size must be of type int"),
+    "not a name": ('{"peft_type": "SERIES", "non_linearity": ["relu"]}', "non_linearity must be of type str"),
+    "no number": ('{"peft_type": "PARALLEL", "scaling": NaN}', "NaN is no number"),
+    "null": ('{"peft_type": "PARALLEL", "scaling": null}', "scaling must be of type float; got null"),
+    "no interval": ('{"peft_type": "ADALORA", "deltaT": 0}', "deltaT 0 must be 1 or more"),
+    "no mean": ('{"peft_type": "ADALORA", "beta1": 1.5}', "AssertionError|beta1 1.5 .* must be between 0 and 1"),
+    "no such module": (
+        '{"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["nothere"]}',
+        "modules_to_save: the model has no module nothere",
+    ),
+    "data first": ('{"peft_type": "LORA", "init_lora_weights": "eva"}', "needs a pass over data"),
+    "no rank to take": ('{"peft_type": "ADALORA", "init_r": 4, "target_r": 4}', "target_r 4 must be below init_r 4"),
+    "schedule": (
+        '{"peft_type": "ADALORA", "target_modules": ["q_proj"], "tinit": 15, "tfinal": 10}',
+        "don't allow for a budgeting phase",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PEFT_CONFIG)
+def test_a_bad_peft_config_is_one_clear_line(train, tmp_path, name):
+    text, message = BAD_PEFT_CONFIG[name]
+    file = tmp_path / "meta/peft.json"  # a folder's name must not be taken for a word of the error
+    file.parent.mkdir()
+    if text:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=f"--peft_config {file}.*({message})") as error:
+        train(peft_config=file, lora_r=None, lora_alpha=None)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_needs_plain_weights_is_refused_on_packed_ones(train, tmp_path):
+    (tmp_path / "peft.json").write_text('{"peft_type": "LOHA", "target_modules": ["q_proj"]}')
+    with pytest.raises(UsageError, match=r"LOHA is not served: .*--load_in_4bit packs"):
+        train(peft_config=tmp_path / "peft.json", load_in_4bit=True, lora_r=None, lora_alpha=None)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "VBLORA", "num_vectors": 8, "vector_length": 8}, "layers share trainable parameters"),
+        ({"peft_type": "OSF", "effective_rank": 4}, "projects gradients by hooks"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tiny, tmp_path, config, message):
+    (tmp_path / "peft.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    flags = ["--model_name_or_path", str(tiny), "--train_file", "x", "--peft_config", str(tmp_path / "peft.json")]
+    args, _, _ = parse_training_arguments(flags, "")
+    assert plan_layers(args, sharded=False).layers.n_layers == 4
+    with pytest.raises(UsageError, match=message):
+        plan_layers(args, sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        ({"trained_layers": 5}, None, "got 5"),
+        ({"suppression": 2}, None, "--suppression must be in [0, 1]"),
+        ({}, "[{", "is not valid JSON"),
+        ({}, "null", "is not valid JSON"),
+        ({}, '[{"question": 1}]', "needs the columns instruction and output"),
+        ({}, '[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "}]', "row 1 has no answer"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(train_process, tmp_path, options, text, message):
+    if text:
+        (tmp_path / "rows.json").write_text(text)
+        options = {**options, "train_file": tmp_path / "rows.json"}
+    result = train_process(**options)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not result.stdout.strip()
