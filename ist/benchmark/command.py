@@ -3,7 +3,7 @@
     python -m ist.benchmark memory --output launch/results/memory.json --readme README.md
 
 `memory` counts bytes by part for the paper's models at their true shapes; nothing is allocated, so any machine will do.
-With --measure it also runs the steps on random weights, on the GPU if there is one, and puts the measured peak beside.
+With --measure it also runs the steps on random weights, on the GPU if there is one, and adds the measured peak.
 
     python -m ist.benchmark speed --model_name_or_path models/SmolLM2-135M-Instruct --output launch/results/speed.json
     python -m ist.benchmark probe --model_name_or_path models/SmolLM2-135M-Instruct
@@ -27,15 +27,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ist.training.command_line import quiet_known_warnings
-
-quiet_known_warnings()
-
 import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-from ist.benchmark import speed as timing
+from ist.benchmark.arms import ARMS, WINDOW, run_arm
+from ist.benchmark.probes import probe_agreement, rank_correlation
+from ist.benchmark.scale import measure_scale
+from ist.benchmark.speed import count_flops, matmul_rate, measure_speed, speed_table
+from ist.benchmark.traffic import communicate, communication_row, measure_communication
 from ist.config import ISTConfig
 from ist.report.tables import publish
 from ist.training.arguments import Resolved
@@ -178,7 +178,7 @@ def without_weights(record: dict[str, Any], key: str) -> int:
 
 
 def memory_table(records: list[dict[str, Any]]) -> str:
-    """Markdown, in decimal GB: what is there beside weights, with the share of plain PEFT's; totals by the paper's."""
+    """Markdown, in decimal GB: peaks without the weights, with the share of plain PEFT's; totals by the paper's."""
     groups: dict[tuple, dict[str, dict]] = {}
     for record in records:
         keys = ("model", "method", "attn_implementation", "gradient_checkpointing", "bf16")
@@ -242,8 +242,8 @@ def training_flags(options: Namespace) -> Iterator[dict[str, Any]]:
     """The keys of train_ist.py of a short run on word problems, several to a row so that all have --length tokens."""
     if not (Path(options.model_name_or_path) / "config.json").exists():
         raise UsageError(f"--model_name_or_path must be a folder with a model; got {options.model_name_or_path}.")
-    whole = options.steps >= 2 * timing.WINDOW and options.steps % timing.WINDOW == 0
-    require(whole, "steps", f"a multiple of {timing.WINDOW}, {2 * timing.WINDOW} or more", options.steps)
+    whole = options.steps >= 2 * WINDOW and options.steps % WINDOW == 0
+    require(whole, "steps", f"a multiple of {WINDOW}, {2 * WINDOW} or more", options.steps)
     problems = arithmetic_rows(4096, seed=1, held_out=False)
     # A token is some four characters of such text; more of them than needed are cut.
     count = max(1, 6 * options.length // len(problems[0]["instruction"] + problems[0]["output"]) + 1)
@@ -266,14 +266,14 @@ def say(line: str) -> None:
 def speed(options: Namespace, command: str) -> None:
     with training_flags(options) as flags:
         together = options.together or (1 if torch.cuda.is_available() else 0)
-        results = timing.measure_speed(flags, options.arms, options.rounds, together, say)
-        flops = timing.count_flops(flags)
+        results = measure_speed(flags, options.arms, options.rounds, together, say)
+        flops = count_flops(flags)
     dtype = torch.bfloat16 if options.bf16 or options.dtype == "bfloat16" else torch.float32
-    rate = timing.matmul_rate(dtype)
+    rate = matmul_rate(dtype)
     header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range of windows)"]
     header += ["tokens/s", "/ bare loop (95 % interval)"]
     floor = {key: 100 * flops[key] / rate for key in ("forward", "backward")}
-    rows = timing.speed_table(results, flops["tokens"])
+    rows = speed_table(results, flops["tokens"])
     rows.append(["floor of `all`: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor])
     rows[-1] += ["", "", "", f"{sum(floor.values()):.3g}", f"{100 * flops['tokens'] / sum(floor.values()):.0f}", ""]
     shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, seeds: {options.rounds}"
@@ -284,11 +284,11 @@ def speed(options: Namespace, command: str) -> None:
 def probe(options: Namespace, command: str) -> None:
     with training_flags(options) as flags:
         flags |= {"learning_rate": 5e-4, "score_lr": 100, "update_interval": 5, "logging_steps": 5}
-        seen = timing.probe_agreement(flags, say)
+        seen = probe_agreement(flags, say)
     rows = []
     full = sum(one["seconds"]["full"] for one in seen)
     for name in ("cheap", "gradient"):
-        rho, (low, high) = timing.rank_correlation(seen, name)
+        rho, (low, high) = rank_correlation(seen, name)
         share = sum(one["seconds"][name] for one in seen) / full
         rows.append([name, f"{rho:.2f}", f"{low:.2f} … {high:.2f}", f"{share:.3f}"])
     header = ["probe", f"Spearman's rho, mean of {len(seen)} updates", "95 % interval", "seconds / full probe's"]
@@ -301,9 +301,9 @@ def communication(options: Namespace, command: str) -> None:
         for topology in ("ddp", "fsdp2"):
             for selection in ("all", "ist"):
                 name = f"{topology}, {selection}"
-                steps, _ = timing.measure_communication(flags | {"selection": selection}, topology, options.ranks)
+                steps, _ = measure_communication(flags | {"selection": selection}, topology, options.ranks)
                 result[name] = steps
-                rows.append(timing.communication_row(name, steps))
+                rows.append(communication_row(name, steps))
                 say(" | ".join(rows[-1]))
     header = [f"{options.ranks} ranks", "per step", "gradient bytes / adapter bytes", "trained share of the layers"]
     finish(options, command, "\n".join(markdown_table(header, rows)), steps=result)
@@ -311,9 +311,9 @@ def communication(options: Namespace, command: str) -> None:
 
 def scale(options: Namespace, command: str) -> None:
     with training_flags(options) as flags:
-        rows = timing.measure_scale(flags, Path(options.model_name_or_path), options.layers, say)
+        rows = measure_scale(flags, Path(options.model_name_or_path), options.layers, say)
         for ranks in options.rank_counts:
-            _, seconds = timing.measure_communication(flags, "ddp", ranks)
+            _, seconds = measure_communication(flags, "ddp", ranks)
             rows.append([f"the model itself, {ranks} rank{'s' * (ranks > 1)}", f"{1e3 * seconds:.0f}", "", "", ""])
             say(" | ".join(rows[-1]))
     header = ["ist", "ms per step", "probes, ms per step", "bookkeeping, ms per step", "bookkeeping share"]
@@ -321,11 +321,11 @@ def scale(options: Namespace, command: str) -> None:
 
 
 def rank(options: Namespace, command: str) -> None:
-    timing.communicate(json.loads(options.flags))
+    communicate(json.loads(options.flags))
 
 
 def arm(options: Namespace, command: str) -> None:
-    timing.run_arm(options.name, json.loads(options.flags), options.stride, options.parts)
+    run_arm(options.name, json.loads(options.flags), options.stride, options.parts)
 
 
 def finish(options: Namespace, command: str, table: str, **result: Any) -> None:
@@ -358,7 +358,7 @@ def main(argv: Sequence[str]) -> int:
     training.add_argument("--bf16", action="store_true", help="mixed precision")
     training.add_argument("--gradient_checkpointing", action="store_true")
     for function, text in (
-        (speed, "seconds by part of training steps, arm beside arm"),
+        (speed, "seconds by part of training steps, arms in turn"),
         (probe, "how well cheaper probes agree with the full one"),
         (communication, "bytes and calls of each collective"),
         (scale, "what grows with layers, ranks, candidates"),
@@ -366,9 +366,9 @@ def main(argv: Sequence[str]) -> int:
         sub = subcommands.add_parser(function.__name__, parents=[shared, training], help=text)
         sub.set_defaults(run=function)
         if function is speed:
-            sub.add_argument("--arms", nargs="+", choices=timing.ARMS, default=list(timing.ARMS), metavar="ARM")
+            sub.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
             sub.add_argument("--rounds", type=int, default=3, help="runs of every arm, each with another seed")
-            text = "arms in memory at a time, a bare loop apart; default: all on a CPU, 1 on a GPU"
+            text = "arms in memory at a time, not counting the bare loop; default: all on a CPU, 1 on a GPU"
             sub.add_argument("--together", type=int, default=0, metavar="ARMS", help=text)
         if function is communication:
             sub.add_argument("--ranks", type=int, default=2)

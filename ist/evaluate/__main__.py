@@ -1,4 +1,7 @@
+from ist.training.command_line import quiet_known_warnings, run_command
+
+quiet_known_warnings()
+
 from ist.evaluate.command import main
-from ist.training.command_line import run_command
 
 run_command(main)

@@ -38,3 +38,8 @@ def paired(one: Sequence[float], two: Sequence[float]) -> dict[str, Any]:
         found["sd"] = float(differences.std(ddof=1))
         found["interval"] = [*map(float, stats.ttest_rel(one, two).confidence_interval())]
     return found
+
+
+def wilson(right: int, rows: int) -> tuple[float, float]:
+    """95 % interval of an accuracy (Wilson's score interval)."""
+    return tuple(map(float, stats.binomtest(right, rows).proportion_ci(method="wilson")))

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ist.benchmark.speed import WINDOW, arguments_of, ratio_of, take_turns
+from ist.benchmark.arms import WINDOW, arguments_of
+from ist.benchmark.speed import ratio_of, take_turns
 from ist.report.tables import joined, listed
 from ist.training.command_line import UsageError
 from ist.training.files import IMPORTANCE, METRICS, keep_lines, read_lines, write_json

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from ist.evaluate.command import task_name
+from ist.evaluate.answers import task_name
 from ist.training.command_line import UsageError, brief
 from ist.training.data import load_rows
 from ist.training.files import write_text

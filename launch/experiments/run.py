@@ -20,7 +20,7 @@ from ist.training.command_line import quiet_known_warnings
 
 quiet_known_warnings()
 
-from ist.benchmark.speed import arguments_of
+from ist.benchmark.arms import arguments_of
 from ist.report.tables import insert_table, listed, require_place
 from ist.training.command_line import UsageError, command, parse_arguments, require, run_command
 from ist.training.files import write_text

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ist.benchmark.speed import arguments_of, as_argv
+from ist.benchmark.arms import arguments_of, as_argv
 from ist.config import ISTConfig
 from ist.training.command_line import UsageError
 from ist.training.files import IMPORTANCE, read_lines

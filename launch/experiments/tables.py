@@ -3,7 +3,7 @@
     python -m launch.experiments.tables [FOLDER ...] [--readme FILE.md]
 
 FOLDER: launch/experiments/results/* by default. With --readme the tables go into that file, between the markers
-<!-- NAME --> and <!-- /NAME -->, NAME being the folder's, and the pictures beside the results.
+<!-- NAME --> and <!-- /NAME -->, NAME being the folder's, and the pictures go into the folder.
 """
 
 import argparse

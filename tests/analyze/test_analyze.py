@@ -10,15 +10,19 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from scipy import stats
 from support import ROOT, make_tiny, read_lines, reset_accelerate, tiny_config
 from support.analysis import noise
+from support.documents import published
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist.analyze import command as analyze
 from ist.analyze.ablation import AblationLoss, ablate_greedily
-from ist.analyze.command import agreement, agreement_table, compare_importance, greedy_order, main
+from ist.analyze.command import main
+from ist.analyze.results import agreement, agreement_table, compare_importance, greedy_order
+from ist.evaluate.scorer import adapter_digest
 from ist.training.arguments import SelectionArguments
 from ist.training.command_line import UsageError, parse_arguments
 from ist.training.data import make_prompt
@@ -35,13 +39,8 @@ def windows_of(folder) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["layers-arithmetic", "layers-wikitext-2"])
-def test_the_readmes_tables_are_those_of_their_files(name):
-    table = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
-    file = ROOT / f"launch/results/{name}.json"
-    if file.exists():
-        assert table == agreement_table(json.loads(file.read_text()))
-    else:
-        assert table.startswith("not run")
+def test_the_published_tables_are_those_of_their_files(name):
+    assert published(name) == agreement_table(json.loads((ROOT / f"launch/results/{name}.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +269,7 @@ def test_lines_and_the_picture(folder, whole, tmp_path, monkeypatch):
     AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
     shutil.copytree(whole, tmp_path / "out")
     figures = []
-    monkeypatch.setattr(analyze.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
     lines = (f"full fine-tuning={tmp_path / 'model'}", f"twin={folder / 'run/adapter'}")
     run(folder, tmp_path / "out", "--lines", *lines)
     analysis = result(tmp_path / "out")
@@ -291,54 +290,15 @@ def test_lines_and_the_picture(folder, whole, tmp_path, monkeypatch):
     run(folder, tmp_path / "out", "--lines", *lines)
     assert result(tmp_path / "out")["losses"]["full fine-tuning"] == pytest.approx(math.log(other.config.vocab_size))
 
-    # Elsewhere, to a finished analysis: its ablations are not measured again, and more can be added.
-    monkeypatch.undo()
-    monkeypatch.setattr(analyze, "AblationLoss", lambda *_: pytest.fail("layers were taken away again"))
-    published = tmp_path / "published.json"
-    published.write_text(json.dumps(result(whole) | {"date": "2026-01-02", "commit": "abc"}))
-    scores = tmp_path / "importance.jsonl"
-    scores.write_text('{"step": 8, "scores": [1, 0, 2, 4]}\n')
-    both = (scores, shutil.copy(scores, tmp_path / "twin.jsonl"))
-    added = (["--lines", lines[0]], ["--lines", *lines], ["--importance", *both], ["--importance", scores], [])
-    (tmp_path / "README.md").write_text("<!-- found -->\n<!-- /found -->\n")
-    readme = ["--publish", tmp_path / "found.json", "--readme", tmp_path / "README.md"]
-    with pytest.raises(UsageError, match=r"--readme takes the table of --importance, which --known .* does not have"):
-        run(folder, tmp_path / "refused", "--known", published, *readme)
-    for i, more in enumerate(added):
-        run(folder, tmp_path / f"elsewhere {i}", "--known", published, *more, "--publish", published)
-        monkeypatch.setattr(analyze, "load_scorer", lambda *_: pytest.fail("a model was loaded")) if i == 1 else None
-    joined, expected = json.loads(published.read_text()), result(tmp_path / "out")
-    assert joined.keys() == expected.keys() | {"importance", "earlier_commands"}  # and nothing of two runs
-    assert joined["importance"] == {str(scores): compare_importance(expected, [1, 0, 2, 4])}
-    assert joined["arguments"]["importance"] == [str(scores)]
-    commands = [*joined["earlier_commands"], joined["command"]]
-    assert len(commands) == 6 and commands[0] == result(whole)["command"] and f"{both[1]} " in commands[3]
-    for name in ("versions", "hardware"):
-        assert joined.pop(name) == {key: str(value) for key, value in expected.pop(name).items()}
-    same = expected.keys() - {"command", "date", "commit", "arguments"}
-    assert {key: joined[key] for key in same} == {key: expected[key] for key in same}
-    assert list(joined["losses"]) == list(expected["losses"])
-    assert joined["arguments"]["lines"] == expected["arguments"]["lines"]
-    assert joined["date"] == f"2026-01-02, {expected['date']}" and "abc" in joined["commit"].split(", ")
-    config = folder / "run/adapter/adapter_config.json"
-    order = json.loads(config.read_text())["target_modules"]  # chance: PEFT writes a set
-    rewritten = json.loads(config.read_text()) | {"target_modules": order[::-1]}
-    config.write_text(json.dumps(rewritten, indent=2, sort_keys=True))
-    run(folder, tmp_path / "elsewhere 4", "--known", published)
-    config.write_text(json.dumps(rewritten | {"lora_alpha": 9}))
-    with pytest.raises(UsageError, match="has another adapter_digest: run without"):
-        run(folder, tmp_path / "refused", "--known", published)
-    config.write_text(json.dumps(rewritten))
-    for flags, message in (
-        (["--max_tokens", "100"], "has another max_tokens, number of tokens: run without"),
-        (["--lines", f"twin={tmp_path / 'model'}"], "has another twin="),
-        (["--directions", "most"], "has another directions"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            run(folder, tmp_path / "refused", "--known", published, *flags)
-    published.write_text("[]")
-    with pytest.raises(UsageError, match=r"published.json is not an analysis\.json"):
-        run(folder, tmp_path / "refused", "--known", published)
+
+def test_the_digest_of_an_adapter_is_of_its_configuration_and_weights(folder, tmp_path):
+    shutil.copytree(folder / "run/adapter", tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    before, values = adapter_digest(str(tmp_path / "adapter")), json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"target_modules": values["target_modules"][::-1]}))  # PEFT writes a set
+    assert adapter_digest(str(tmp_path / "adapter")) == before
+    config.write_text(json.dumps(values | {"lora_alpha": 9}))
+    assert adapter_digest(str(tmp_path / "adapter")) != before
 
 
 def test_the_printed_flags_train_the_ends_of_the_order(folder, whole, capsys):

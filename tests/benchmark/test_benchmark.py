@@ -8,8 +8,8 @@ import numpy as np
 import pandas
 import pytest
 
+from ist.benchmark import arms, probes, scale, speed, traffic
 from ist.benchmark import command as benchmark
-from ist.benchmark import speed
 from ist.training.command_line import UsageError
 from ist.tuner import PROBES
 
@@ -77,7 +77,7 @@ def test_parts_are_those_of_the_steps_that_count(tiny, train_file, monkeypatch):
     steps = []
     turns = SimpleNamespace(wait=steps.append)
     flags = {"model_name_or_path": tiny, "train_file": train_file, "selection": "ist", "max_steps": 21}
-    found = speed.run_ours(flags, True, turns)
+    found = arms.run_ours(flags, True, turns)
     assert steps == list(range(21))
     assert 2 <= 10 * found["probe"] < 3  # seconds: one update
 
@@ -103,7 +103,7 @@ def test_rank_correlation_is_spearmans():
         {"rewards": {"full": [1.0, 2.0, 3.0, 4.0, 4.0], "cheap": [4.0, 3.0, 2.0, 1.0, 0.0]}},
     ]
     expected = [pandas.DataFrame(one["rewards"]).corr("spearman").iloc[0, 1] for one in seen]
-    rho, (low, high) = speed.rank_correlation(seen, "cheap")
+    rho, (low, high) = probes.rank_correlation(seen, "cheap")
     assert rho == pytest.approx(sum(expected) / 2)
     assert (low, high) == pytest.approx((min(expected), max(expected)))
 
@@ -119,7 +119,7 @@ def test_probes_are_compared_on_the_same_candidates(tiny, tmp_path):
 
 def test_bookkeeping_as_layers_grow(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        speed, "SHAPE", {**speed.SHAPE, "hidden_size": 36, "intermediate_size": 48, "num_key_value_heads": 3}
+        scale, "SHAPE", {**scale.SHAPE, "hidden_size": 36, "intermediate_size": 48, "num_key_value_heads": 3}
     )
     result = run(tiny, tmp_path, "scale", "--layers", "2", "5", "--rank_counts")
     names = [row[0] for row in result["rows"]]
@@ -133,7 +133,7 @@ def test_gradients_travel_in_the_share_of_trained_layers(tiny, tmp_path):
     result = run(tiny, tmp_path, "communication")
     for name, steps in result["steps"].items():
         share = 1.0 if name.endswith("all") else 0.25
-        row = speed.communication_row(name, steps)
+        row = traffic.communication_row(name, steps)
         assert float(row[2]) == pytest.approx(share, rel=0.05)
         assert float(row[3]) == share
         assert ("reduce_scatter" in row[1]) == name.startswith("fsdp2")

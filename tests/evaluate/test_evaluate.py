@@ -16,17 +16,10 @@ from peft import PeftModel
 from support import ROOT, make_tiny, read_lines, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from ist.evaluate.command import (
-    LABELS,
-    answers_of,
-    choices,
-    extract_label,
-    extract_letter,
-    extract_number,
-    main,
-    wilson,
-)
-from ist.evaluate.command import task_name as name_of
+from ist.evaluate.answers import LABELS, answers_of, choices, extract_label, extract_letter, extract_number
+from ist.evaluate.answers import task_name as name_of
+from ist.evaluate.command import main
+from ist.report.statistics import wilson
 from ist.training.command_line import UsageError
 from ist.training.data import make_prompt
 from ist.training.word_problems import arithmetic_rows
@@ -126,7 +119,7 @@ def test_the_format_is_told_from_the_rows():
     assert numbers.right(1250.5005, 1)
     assert not numbers.right(1250.502, 1)
     assert not numbers.right(None, 0)
-    with pytest.raises(UsageError, match=r"task cannot be told .* got perhaps, true"):
+    with pytest.raises(UsageError, match=r"answers are of no known task.* got perhaps, true"):
         answers_of(rows_of("true", "perhaps"), "f")
     with pytest.raises(UsageError, match="needs the columns instruction and answer"):
         answers_of(Dataset.from_list([{"question": "?"}]), "f")
@@ -341,7 +334,7 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch):
 
     for flags, message in (
         (("--test_file", tmp_path / "column.json"), "needs the columns instruction and answer; got"),
-        (("--test_file", tmp_path / "odd.json"), "cannot be told from its answers"),
+        (("--test_file", tmp_path / "odd.json"), "its answers are of no known task"),
         (("--test_file", tmp_path / "empty.json"), "empty"),
         (("--test_file", tmp_path / "nowhere.json"), "no such file"),
         (("--perplexity_file", tmp_path / "nowhere.txt"), "cannot be read"),

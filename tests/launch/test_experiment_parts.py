@@ -12,7 +12,7 @@ from support import ROOT
 from support.documents import published
 from support.experiments import FILE, arguments
 
-from ist.benchmark.speed import arguments_of
+from ist.benchmark.arms import arguments_of
 from ist.report.statistics import paired
 from ist.training.command_line import UsageError
 from ist.training.word_problems import arithmetic_rows

@@ -21,6 +21,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,17 +198,13 @@ def flags(values: dict[str, Any]) -> list[str]:
     return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
 
 
-def train_arms(topology: str, work: Path, old: Path | None) -> None:
-    """All arms on this rank; rank 0 writes WORK/topology.json."""
+@contextlib.contextmanager
+def watched(calls: list[Any], sharded: list[bool], work: Path) -> Iterator[None]:
+    """Tracker calls, and whether each prepared model is sharded; the process group outlives a run."""
     from accelerate import Accelerator, PartialState
     from torch.distributed.tensor import DTensor
 
-    if topology == "fsdp2":
-        turn_on_fsdp()
-    destroy, PartialState.destroy_process_group = PartialState.destroy_process_group, lambda *_: None
-    calls: list[Any] = []
-    sharded: list[bool] = []
-    log, prepare = Accelerator.log, Accelerator.prepare
+    log, prepare, destroy = Accelerator.log, Accelerator.prepare, PartialState.destroy_process_group
 
     def logged(self, values, step=None, **options):
         calls.append([step, cleaned(dict(values), work)])
@@ -219,6 +216,27 @@ def train_arms(topology: str, work: Path, old: Path | None) -> None:
         return result
 
     Accelerator.log, Accelerator.prepare = logged, prepared
+    PartialState.destroy_process_group = lambda *_: None
+    yield
+    Accelerator.log, Accelerator.prepare, PartialState.destroy_process_group = log, prepare, destroy
+
+
+def train_arms(topology: str, work: Path, old: Path | None) -> None:
+    """All arms on this rank; rank 0 writes WORK/topology.json."""
+    if topology == "fsdp2":
+        turn_on_fsdp()
+    calls: list[Any] = []
+    sharded: list[bool] = []
+    with watched(calls, sharded, work):
+        record = train_all(topology, work, old, calls)
+    if topology == "fsdp2" and not (sharded and all(sharded)):
+        raise SystemExit("FSDP was not on")
+    if os.environ.get("RANK", "0") == "0":
+        (work / f"{topology}.json").write_text(json.dumps(record))
+
+
+def train_all(topology: str, work: Path, old: Path | None, calls: list[Any]) -> dict[str, Any]:
+    """{arm and kind: exit code, printed lines, files, tracker calls}."""
     record: dict[str, Any] = {}
     for name, arm in ARMS.items():
         slug = name.replace(", ", "-").replace(" ", "-")
@@ -249,11 +267,7 @@ def train_arms(topology: str, work: Path, old: Path | None) -> None:
                     if lost := [key for key in after if entry["files"].get(key) != own[key]]:
                         raise SystemExit(f"{topology}, {name}: from the older checkpoint come other {lost}")
                 print(f"{topology}  {name}: {kind}  {result['code']}", file=sys.stderr, flush=True)
-    if topology == "fsdp2" and not (sharded and all(sharded)):
-        raise SystemExit("FSDP was not on")
-    if os.environ.get("RANK", "0") == "0":
-        (work / f"{topology}.json").write_text(json.dumps(record))
-    Accelerator.log, Accelerator.prepare, PartialState.destroy_process_group = log, prepare, destroy
+    return record
 
 
 def launch(topology: str, work: Path, old: Path | None) -> dict[str, Any]:

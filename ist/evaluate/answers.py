@@ -1,0 +1,108 @@
+"""The answers of the paper's tasks, as LLM-Adapters' scripts read them from a model's output."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+
+import ist.adapters  # noqa: F401  its methods become known to PEFT
+from ist.training.command_line import UsageError
+
+
+def extract_label(labels: Sequence[str]) -> Callable[[str], str | None]:
+    """The first of `labels` in a text, as LLM-Adapters' scripts have it: anywhere, lower case; None: none, so wrong."""
+    pattern = re.compile("|".join(labels))
+
+    def extract(text: str) -> str | None:
+        found = pattern.search(text)
+        return found.group() if found else None
+
+    return extract
+
+
+def extract_letter(text: str) -> str | None:
+    """The first capital A to E of a text (AQuA)."""
+    found = re.search("[A-E]", text)
+    return found.group() if found else None
+
+
+def extract_number(text: str) -> float | None:
+    """The last number of a text, thousands separators dropped; None when there is none."""
+    numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    return float(numbers[-1]) if numbers else None
+
+
+@dataclass
+class Answers:
+    """The format of a task's answers: how to read one from an output, the right ones, and the choices."""
+
+    kind: Literal["label", "letter", "number", "text"]
+    extract: Callable[[str], Any]
+    gold: list[Any]
+    labels: tuple[str, ...] = ()
+
+    def right(self, extracted: Any, i: int) -> bool:
+        if self.kind == "number":
+            return extracted is not None and abs(extracted - self.gold[i]) < 1e-3
+        return extracted == self.gold[i]
+
+
+# As the scripts list them: they look for answer5 in every task with answers, for ending4 in every one with endings.
+LABELS = (
+    ("true", "false"),
+    ("solution1", "solution2"),
+    ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    ("ending1", "ending2", "ending3", "ending4"),
+    ("option1", "option2"),
+)
+
+
+def answers_of(rows: Dataset, file: str) -> Answers:
+    """The format of the answers, by the rows' `answer`; those of rows with `choices` are texts among these.
+
+    Raises:
+        UsageError: no such column, or not one of the formats of the paper's tasks.
+    """
+    if "answer" not in rows.column_names or "instruction" not in rows.column_names:
+        raise UsageError(f"--test_file {file} needs the columns instruction and answer; got {rows.column_names}.")
+    if "choices" in rows.column_names:
+        for i, row in enumerate(rows):
+            if not isinstance(row["choices"], list) or row["answer"] not in row["choices"] or "" in row["choices"]:
+                raise UsageError(
+                    f"--test_file {file}, row {i}: answer must be one of choices, texts as a model would write them; "
+                    f"got {row['answer']!r} and {row['choices']!r}."
+                )
+        return Answers("text", str.strip, [answer.strip() for answer in rows["answer"]])
+    gold = [str(answer).strip() for answer in rows["answer"]]
+    for labels in LABELS:
+        if set(gold) <= set(labels):
+            return Answers("label", extract_label(labels), gold, labels)
+    if all(re.fullmatch("[A-E]", answer) for answer in gold):
+        return Answers("letter", extract_letter, gold, tuple("ABCDE"))
+    try:
+        return Answers("number", extract_number, [float(answer.replace(",", "")) for answer in gold])
+    except ValueError:
+        listed = "; ".join("/".join(labels) for labels in LABELS)
+        seen = ", ".join(sorted(set(gold))[:4])
+        raise UsageError(
+            f"--test_file {file}: its answers are of no known task: {listed}; A to E; or numbers; got {seen}."
+        ) from None
+
+
+def task_name(file: str) -> str:
+    """boolq of boolq.json, and of boolq/test.json."""
+    path = Path(file)
+    return path.parent.resolve().name if path.stem in ("test", "validation", "train") else path.stem
+
+
+def choices(instruction: str, answers: Answers) -> list[str]:
+    """The answers that an instruction lists: those of its answer format, or its (A) (B) …; else all of the task's."""
+    if answers.kind == "letter":
+        listed = re.findall(r"\(([A-E])\)", instruction)
+    else:
+        _, marker, form = instruction.rpartition("Answer format:")
+        listed = [label for label in answers.labels if marker and re.search(rf"\b{label}\b", form)]
+    return list(dict.fromkeys(listed)) or list(answers.labels)

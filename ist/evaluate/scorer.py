@@ -1,0 +1,221 @@
+"""A model that is measured, not trained: its arguments, its texts, likelihoods and perplexity, and its folder."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import ist.adapters  # noqa: F401  its methods become known to PEFT
+from ist.distributed import reduce_sum
+from ist.training.command_line import UsageError, brief, require
+from ist.training.files import write_json
+from ist.training.record import require_writable
+
+
+class Scorer:
+    """A model and its tokenizer: generated texts, likelihoods, perplexity."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: "ScorerArguments") -> None:
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.device = next(model.parameters()).device
+        self.special = args.prompt_template != "chat"  # a chat template writes its own
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        """The text that follows each prompt. Padded on the left and masked: a row does not depend on its batch."""
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=self.special)
+        tokens = self.model.generate(
+            **inputs.to(self.device),
+            max_new_tokens=max_new_tokens,
+            num_beams=self.args.num_beams,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def log_likelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """log p(continuation | prompt), summed over the continuation's tokens, for each (prompt, continuation)."""
+        rows, starts = [], []
+        for prompt, continuation in pairs:
+            before = self.tokenizer(prompt, add_special_tokens=self.special)["input_ids"]
+            whole = self.tokenizer(prompt + continuation, add_special_tokens=self.special)["input_ids"]
+            if self.special and whole[-1] == self.tokenizer.eos_token_id:
+                whole = whole[:-1]
+            same = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
+            rows.append(whole)
+            starts.append(max(same, 1))
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        losses = self._token_losses(ids, mask)  # [B, width - 1]: of token t + 1
+        return [-losses[i, start - 1 : len(row) - 1].sum().item() for i, (row, start) in enumerate(zip(rows, starts))]
+
+    def _token_losses(self, ids: Tensor, mask: Tensor) -> Tensor:
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double()
+
+    @torch.inference_mode()
+    def perplexity(self, text: str, max_length: int, state: PartialState) -> dict[str, float]:
+        """exp of the mean loss of a text's tokens, in windows of `max_length` end to end, shared out over ranks."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+        windows = [window for window in windows if len(window) > 1]
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        mine = windows[state.process_index :: state.num_processes]
+        for window in progress(mine, "window", state):
+            batch = torch.tensor([window], device=self.device)
+            losses = self._token_losses(batch, torch.ones_like(batch))
+            total += torch.tensor([losses.sum().item(), losses.numel()], dtype=torch.float64, device=self.device)
+        loss_sum, tokens = reduce_sum(total).tolist()
+        return {"perplexity": math.exp(loss_sum / tokens), "loss": loss_sum / tokens, "tokens": int(tokens)}
+
+
+def progress(items: Sequence, unit: str, state: PartialState) -> Iterator:
+    """A bar on a terminal, ten lines elsewhere; rank 0 only."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, unit=unit, disable=not state.is_main_process)
+        return
+    for i, item in enumerate(items):
+        yield item
+        if state.is_main_process and ((i + 1) * 10 // len(items) > i * 10 // len(items)):
+            print(f"{unit} {i + 1} of {len(items)}", flush=True)
+
+
+@dataclass
+class ScorerArguments:
+    """The keys of a model that is measured: of `python -m ist.evaluate` and `python -m ist.analyze`."""
+
+    free_keys: ClassVar[tuple[str, ...]] = ("output_dir",)
+
+    model_name_or_path: str = field(metadata={"help": "The base model."})
+    output_dir: str = field(metadata={"help": "Where the results go."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder of a PEFT adapter; default: the base alone."})
+    any_base: bool = field(default=False, metadata={"help": "Take an adapter that names another base model."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "Of the base weights."})
+    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] | None = field(
+        default=None, metadata={"help": "Default: that of the run that made the adapter (its run.json), else alpaca."}
+    )
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a window of plain text."})
+    batch_size: int = field(default=16, metadata={"help": "Rows at a time."})
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+        require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
+
+
+def require_base(args: ScorerArguments) -> None:
+    """Raises UsageError when the adapter says that it belongs to another model, or is none."""
+    if not args.adapter:
+        return
+    if not (Path(args.adapter) / "adapter_config.json").exists():
+        raise UsageError(f"--adapter {args.adapter} is not a folder with an adapter (no adapter_config.json).")
+    base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    if base and Path(base).name.lower() != Path(args.model_name_or_path).name.lower() and not args.any_base:
+        raise UsageError(
+            f"--adapter {args.adapter} belongs to {base}, not to {args.model_name_or_path}; --any_base true takes it."
+        )
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Digest of the files' contents."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def adapter_digest(folder: str | None) -> str | None:
+    """Digest of an adapter's configuration and weights; the order of module names, a set to PEFT, does not count."""
+    if folder is None:
+        return None
+    file = Path(folder) / "adapter_config.json"
+    listed = {key: sorted(map(str, v)) if isinstance(v, list) else v for key, v in json.loads(file.read_text()).items()}
+    weights = files_digest(path for path in sorted(Path(folder).glob("adapter_*")) if path != file)
+    return hashlib.sha256((json.dumps(listed, sort_keys=True) + weights).encode()).hexdigest()[:16]
+
+
+def read_text(key: str, file: str) -> str:
+    """Raises UsageError when it cannot be read, or is empty."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--{key} {file} cannot be read: {brief(error)}.") from error
+    if not text.strip():
+        raise UsageError(f"--{key} {file} is empty.")
+    return text
+
+
+def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+        if args.adapter:
+            model = PeftModel.from_pretrained(model, args.adapter)
+    except Exception as error:
+        raise UsageError(f"{args.adapter or args.model_name_or_path} cannot be loaded: {brief(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if args.prompt_template == "chat" and not tokenizer.chat_template:
+        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
+    return Scorer(model.to(device).eval(), tokenizer, args)
+
+
+def training_run(folder: str) -> dict | None:
+    """Configuration, commit, best and steps of the run that made the adapter or model, if its run.json is there."""
+    try:
+        run = json.loads((Path(folder) / "../run.json").read_text())
+        return {"configuration": run["configuration"], **{key: run.get(key) for key in ("commit", "best", "steps")}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def start(args: ScorerArguments) -> tuple[PartialState, dict | None]:
+    """(the processes, the training run or None); args.prompt_template gets the training run's where it has its default.
+
+    Raises:
+        UsageError: the launcher shards models, or the adapter belongs to another base model.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UsageError("evaluation puts a whole model on each device: launch with accelerate_configs/ddp.yaml.")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    training = training_run(args.adapter or args.model_name_or_path)
+    if args.prompt_template is None:
+        args.prompt_template = training["configuration"]["prompt_template"] if training else "alpaca"
+    require_base(args)
+    return state, training
+
+
+def deciding(args: ScorerArguments) -> dict[str, Any]:
+    """The arguments that decide the results; the others, `free_keys`, a run that goes on may change."""
+    return {key: value for key, value in asdict(args).items() if key not in args.free_keys}
+
+
+def claim_folder(output_dir: Path, settings: dict, state: PartialState) -> None:
+    """Write the settings that decide the results into their folder, as arguments.json.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds the results of others.
+    """
+    require_writable(output_dir)
+    file = output_dir / "arguments.json"
+    if file.exists() and (earlier := json.loads(file.read_text())) != settings:
+        differing = ", ".join(key for key in settings if settings[key] != earlier.get(key))
+        raise UsageError(f"--output_dir {output_dir} holds results of another {differing}. Choose another folder.")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_json(file, settings)
