@@ -70,6 +70,10 @@ def as_argv(flags: dict[str, Any]) -> list[str]:
     return [part for key, value in flags.items() for part in (f"--{key}", *strings(value))]
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 """What IST costs and saves, against plain PEFT: each subcommand prints a Markdown table and writes JSON.
 
-    python -m ist.benchmark memory --output launch/results/memory.json --readme README.md
+    python -m ist.benchmark memory --output launch/results/memory.json --readme ist/benchmark/README.md
 
 `memory` counts bytes by part for the paper's models at their true shapes; nothing is allocated, so any machine will do.
 With --measure it also runs the steps on random weights, on the GPU if there is one, and adds the measured peak.
@@ -22,210 +22,23 @@ import shlex
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-from ist.benchmark.arms import ARMS, WINDOW, run_arm
+from ist.benchmark.arms import ARMS, WINDOW, run_arm, say
+from ist.benchmark.memory import GEOMETRIES, METHODS, memory_of, memory_settings, memory_table
 from ist.benchmark.probes import probe_agreement, rank_correlation
 from ist.benchmark.scale import measure_scale
 from ist.benchmark.speed import count_flops, matmul_rate, measure_speed, speed_table
 from ist.benchmark.traffic import communicate, communication_row, measure_communication
-from ist.config import ISTConfig
 from ist.report.tables import publish
-from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError, command, markdown_table, require
-from ist.training.memory import SavedByLayer, StepCounter, counting, layers_that_train, make_batch, materialise
-from ist.training.model import load_skeleton
-from ist.training.peft_config import make_peft_config
 from ist.training.word_problems import arithmetic_rows
-
-
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, **options: Any) -> LlamaConfig:
-    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    options = {"vocab_size": 32000, "max_position_embeddings": 2048} | options
-    return LlamaConfig(**shape, num_attention_heads=heads, **options)
-
-
-# name -> (shapes, dtype of the base). GPT-2 is in float32, as its checkpoint; the paper's 0.4 GB of weights fit that.
-GEOMETRIES: dict[str, tuple[PretrainedConfig, str]] = {
-    "GPT-2 small": (GPT2Config(), "float32"),
-    "SmolLM2-135M": (
-        _llama(576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-        "bfloat16",
-    ),
-    "TinyLlama 1.1B": (_llama(2048, 5632, 22, 32, num_key_value_heads=4, tie_word_embeddings=False), "bfloat16"),
-    "LLaMA-7B": (_llama(4096, 11008, 32, 32, tie_word_embeddings=False), "bfloat16"),
-    "LLaMA-13B": (_llama(5120, 13824, 40, 40, tie_word_embeddings=False), "bfloat16"),
-}
-# Table 1 of the paper, LoRA, in its "GB": (weights, LoRA, LoRA + IST).
-PAPER = {
-    "GPT-2 small": (0.4, 2.9, 2.2),
-    "TinyLlama 1.1B": (2.2, 10.5, 8.5),
-    "LLaMA-7B": (14, 24, 20),
-    "LLaMA-13B": (27, 42, 36),
-}
-TARGETS = {
-    "gpt2": {"lora": ["c_attn", "c_fc", "mlp.c_proj"], "series": ["c_fc", "mlp.c_proj"], "parallel": ["c_fc"]},
-    "llama": {
-        "lora": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
-        "series": ["up_proj", "down_proj"],
-        "parallel": ["up_proj", "gate_proj"],
-    },
-}
-FULL = "full"
-METHODS = ("lora", "series", "parallel", FULL)
-
-
-def memory_arguments(method: str, config: PretrainedConfig, dtype: str, **options: Any) -> Resolved:
-    """The keys of train_ist.py at their defaults, but for `options`, for a model known by its configuration."""
-    values = {
-        "peft_method": "none" if method == FULL else method,
-        "target_modules": TARGETS[config.model_type].get(method),
-        "selection": "all",
-        "bf16": method == FULL and dtype != "float32",
-    }
-    return Resolved(model_name_or_path=config.model_type, dtype=dtype, **values | options)
-
-
-def selections(n_layers: int) -> dict[str, ISTConfig]:
-    """The arms by name: the paper's quarter of the layers, but for `all`."""
-    count = ISTConfig().counts(n_layers).trained
-    above = {"semantic_budget": 0.5, "min_trained_layers": 0.25}  # the highest cost of a boundary in the upper half
-    return {
-        "all": ISTConfig(selection="all"),
-        "ist": ISTConfig(),
-        "last": ISTConfig(selection="last"),
-        "semantic+ist": ISTConfig(selection="semantic+ist", trained_layers=count, kept_layers=count, **above),
-    }
-
-
-def memory_of(method: str, model: str, shape: tuple[int, int], measure: bool, **options: Any) -> list[dict[str, Any]]:
-    """Bytes by part of a training step, a record for each arm.
-
-    `saved_mean` and `peak_mean` are means over the draws of 1000 steps, the other numbers those of the costliest draw.
-    Counted as on a GPU, but where a CPU is measured.
-    """
-    config, dtype = GEOMETRIES[model]
-    args = memory_arguments(method, config, dtype, **options)
-    peft_config = make_peft_config(args)
-    n_layers = config.num_hidden_layers
-    arms = selections(n_layers)
-    if method == FULL:
-        arms = {"all": arms["all"]}
-    draws = {name: layers_that_train(arm, n_layers) for name, arm in arms.items()}
-    device = Accelerator().device
-    like_gpu = device.type == "cuda" or not measure
-    with counting(args, peft_config, config, shape, like_gpu=like_gpu) as counter:
-        steps = {name: counter.step(costliest, set().union(*drawn)) for name, (drawn, costliest) in draws.items()}
-    measured = dict.fromkeys(steps)
-    if measure:
-        whole = materialise(load_skeleton(args, peft_config, config), device)
-        for name, (drawn, costliest) in draws.items():
-            counter = StepCounter(whole, args, make_batch(*shape, False, device), like_gpu)
-            try:
-                measured[name] = measured_peak(counter, costliest, set().union(*drawn), device)
-            except torch.OutOfMemoryError:
-                say(f"{model}, {method}, {name}: does not fit here")
-            counter.train(range(n_layers))
-            del counter
-        del whole
-    records = []
-    for name, step in steps.items():
-        saved = float(step.saved)
-        if name in ("ist", "semantic+ist"):
-            count = len(draws["ist"][1])
-            bytes_saved = (steps[arm].saved for arm in ("all", "ist", "last"))
-            by_layer = SavedByLayer.solved(*bytes_saved, n_layers, count)
-            saved = sum(by_layer.saved(draw, n_layers) for draw in draws[name][0]) / len(draws[name][0])
-        peak = step.peak - step.at_peak["saved"] * (1 - saved / step.saved)
-        records.append(
-            {
-                **{"model": model, "method": method, "arm": name, "rows": shape[0], "length": shape[1], "dtype": dtype},
-                **{key: getattr(args, key) for key in ("attn_implementation", "gradient_checkpointing", "bf16")},
-                **step.as_json(),
-                **{"saved_mean": round(saved), "peak_mean": round(peak), "measured_peak": measured[name]},
-            }
-        )
-    return records
-
-
-def measured_peak(counter: StepCounter, trained: Sequence[int], ever: Iterable[int], device: torch.device) -> int:
-    """Peak bytes of a real step: as CUDA's allocator has them, or on a CPU as the operations' storages count.
-
-    Optimizer state is there for the layers that `ever` train.
-    """
-    kept = set(map(id, counter.with_state(counter.train(trained), ever)))
-    for parameter in counter.trainable:
-        if counter.optimizer and id(parameter) not in kept:
-            counter.optimizer.state.pop(parameter, None)
-    if device.type != "cuda":
-        return counter.step(trained, ever).peak
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    counter.step(trained)
-    return torch.cuda.max_memory_allocated(device)
-
-
-def without_weights(record: dict[str, Any], key: str) -> int:
-    """Bytes of a peak that are not the model's or the adapter's weights."""
-    return record[key] - record["weights"]
-
-
-def memory_table(records: list[dict[str, Any]]) -> str:
-    """Markdown, in decimal GB: peaks without the weights, with the share of plain PEFT's; totals by the paper's."""
-    groups: dict[tuple, dict[str, dict]] = {}
-    for record in records:
-        keys = ("model", "method", "attn_implementation", "gradient_checkpointing", "bf16")
-        groups.setdefault(tuple(record[key] for key in keys), {})[record["arm"]] = record
-
-    def gb(size: float) -> str:
-        return f"{size / 1e9:.2f}"
-
-    rows = []
-    for (model, method, attention, checkpointing, bf16), arms in groups.items():
-        every = arms["all"]
-        whole = without_weights(every, "peak")
-
-        def cell(arm: str, key: str, arms=arms, whole=whole) -> str:
-            if arm not in arms:
-                return ""
-            size = without_weights(arms[arm], key)
-            return f"{gb(size)} ({size / whole:.2f})"
-
-        setting = f"{attention}{', checkpointing' if checkpointing else ''}{', bf16' if bf16 else ''}"
-        paper = PAPER.get(model, ())[1:] if method == "lora" and not checkpointing else ()
-        row = [model, method, setting, gb(every["weights"]), gb(whole)]
-        row += [cell("ist", "peak"), cell("ist", "peak_mean"), cell("last", "peak"), cell("semantic+ist", "peak")]
-        totals = [every["peak"]] + ([arms["ist"]["peak"], arms["ist"]["peak_mean"]] if "ist" in arms else [])
-        rows.append([*row, " / ".join(map(gb, totals)), " / ".join(map(str, paper))])
-    header = ["model", "method", "setting", "weights", "all layers", "IST, peak", "IST, mean", "last quarter"]
-    header += ["semantic+ist", "total: all / IST peak / mean", "paper: all / IST"]
-    measured = [record for record in records if record["measured_peak"]]
-    lines = markdown_table(header, rows)
-    if measured:
-        ratios = [record["peak"] / record["measured_peak"] for record in measured]
-        lines += ["", f"counted peak / measured peak: {min(ratios):.3f} to {max(ratios):.3f}"]
-    return "\n".join(lines)
-
-
-def memory_settings(models: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(model, method, options) of `memory`: LoRA on every model; on LLaMA-7B also the other methods and autocast."""
-    for model in models:
-        for method in methods:
-            if method != "lora" and model != "LLaMA-7B":
-                continue
-            for checkpointing in (False, True):
-                for attention in ("eager", "sdpa"):
-                    yield model, method, {"attn_implementation": attention, "gradient_checkpointing": checkpointing}
-            if method == "lora" and model == "LLaMA-7B":
-                for attention in ("eager", "sdpa"):
-                    yield model, method, {"attn_implementation": attention, "bf16": True}
 
 
 def memory(options: Namespace, command: str) -> None:
@@ -234,7 +47,11 @@ def memory(options: Namespace, command: str) -> None:
         of_one = memory_of(method, model, (options.rows, options.length), options.measure, **settings)
         print(memory_table(of_one).split("\n")[2], file=sys.stderr, flush=True)
         records += of_one
-    finish(options, command, memory_table(records), records=records)
+    finish(options, command, records=records)
+
+
+def memory_markdown(options: Namespace, result: dict[str, Any]) -> str:
+    return memory_table(result["records"])
 
 
 @contextmanager
@@ -259,54 +76,60 @@ def training_flags(options: Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def speed(options: Namespace, command: str) -> None:
     with training_flags(options) as flags:
         together = options.together or (1 if torch.cuda.is_available() else 0)
         results = measure_speed(flags, options.arms, options.rounds, together, say)
         flops = count_flops(flags)
     dtype = torch.bfloat16 if options.bf16 or options.dtype == "bfloat16" else torch.float32
-    rate = matmul_rate(dtype)
+    finish(options, command, results=results, flops=flops, matmul_flops_per_second=matmul_rate(dtype))
+
+
+def speed_markdown(options: Namespace, result: dict[str, Any]) -> str:
     header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range of windows)"]
     header += ["tokens/s", "/ bare loop (95 % interval)"]
+    flops, rate = result["flops"], result["matmul_flops_per_second"]
     floor = {key: 100 * flops[key] / rate for key in ("forward", "backward")}
-    rows = speed_table(results, flops["tokens"])
+    rows = speed_table(result["results"], flops["tokens"])
     rows.append(["floor of `all`: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor])
     rows[-1] += ["", "", "", f"{sum(floor.values()):.3g}", f"{100 * flops['tokens'] / sum(floor.values()):.0f}", ""]
-    shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, seeds: {options.rounds}"
-    table = "\n".join([shape, "", *markdown_table(header, rows)])
-    finish(options, command, table, results=results, flops=flops, matmul_flops_per_second=rate)
+    shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, {options.rounds} rounds"
+    return "\n".join([shape, "", *markdown_table(header, rows)])
 
 
 def probe(options: Namespace, command: str) -> None:
     with training_flags(options) as flags:
         flags |= {"learning_rate": 5e-4, "score_lr": 100, "update_interval": 5, "logging_steps": 5}
-        seen = probe_agreement(flags, say)
-    rows = []
+        finish(options, command, updates=probe_agreement(flags, say))
+
+
+def probe_markdown(options: Namespace, result: dict[str, Any]) -> str:
+    rows, seen = [], result["updates"]
     full = sum(one["seconds"]["full"] for one in seen)
     for name in ("cheap", "gradient"):
         rho, (low, high) = rank_correlation(seen, name)
         share = sum(one["seconds"][name] for one in seen) / full
         rows.append([name, f"{rho:.2f}", f"{low:.2f} … {high:.2f}", f"{share:.3f}"])
     header = ["probe", f"Spearman's rho, mean of {len(seen)} updates", "95 % interval", "seconds / full probe's"]
-    finish(options, command, "\n".join(markdown_table(header, rows)), updates=seen)
+    return "\n".join(markdown_table(header, rows))
 
 
 def communication(options: Namespace, command: str) -> None:
-    rows, result = [], {}
+    result = {}
     with training_flags(options) as flags:
         for topology in ("ddp", "fsdp2"):
             for selection in ("all", "ist"):
                 name = f"{topology}, {selection}"
-                steps, _ = measure_communication(flags | {"selection": selection}, topology, options.ranks)
-                result[name] = steps
-                rows.append(communication_row(name, steps))
-                say(" | ".join(rows[-1]))
+                result[name], _ = measure_communication(flags | {"selection": selection}, topology, options.ranks)
+                say(" | ".join(communication_row(name, result[name])))
+    finish(options, command, steps=result)
+
+
+def communication_markdown(options: Namespace, result: dict[str, Any]) -> str:
     header = [f"{options.ranks} ranks", "per step", "gradient bytes / adapter bytes", "trained share of the layers"]
-    finish(options, command, "\n".join(markdown_table(header, rows)), steps=result)
+    return "\n".join(
+        markdown_table(header, [communication_row(name, steps) for name, steps in result["steps"].items()])
+    )
 
 
 def scale(options: Namespace, command: str) -> None:
@@ -316,8 +139,12 @@ def scale(options: Namespace, command: str) -> None:
             _, seconds = measure_communication(flags, "ddp", ranks)
             rows.append([f"the model itself, {ranks} rank{'s' * (ranks > 1)}", f"{1e3 * seconds:.0f}", "", "", ""])
             say(" | ".join(rows[-1]))
+    finish(options, command, rows=rows)
+
+
+def scale_markdown(options: Namespace, result: dict[str, Any]) -> str:
     header = ["ist", "ms per step", "probes, ms per step", "bookkeeping, ms per step", "bookkeeping share"]
-    finish(options, command, "\n".join(markdown_table(header, rows)), rows=rows)
+    return "\n".join(markdown_table(header, result["rows"]))
 
 
 def rank(options: Namespace, command: str) -> None:
@@ -328,15 +155,31 @@ def arm(options: Namespace, command: str) -> None:
     run_arm(options.name, json.loads(options.flags), options.stride, options.parts)
 
 
-def finish(options: Namespace, command: str, table: str, **result: Any) -> None:
+MARKDOWN = {
+    memory: memory_markdown,
+    speed: speed_markdown,
+    probe: probe_markdown,
+    communication: communication_markdown,
+    scale: scale_markdown,
+}
+
+
+def finish(options: Namespace, command: str, **result: Any) -> None:
     """Print a subcommand's table; write JSON to --output, and the table into --readme."""
+    table = MARKDOWN[options.run](options, result)
     print(table)
     if options.output:
         publish(options.output, command, Accelerator(), table, options.readme, **result)
 
 
-@command
-def main(argv: Sequence[str]) -> int:
+def published_table(file: Path) -> str:
+    """The table of a file that --output wrote; its command has the rows, tokens and ranks."""
+    result = json.loads(file.read_text())
+    options = make_parser().parse_args(shlex.split(result["command"])[3:])
+    return MARKDOWN[options.run](options, result)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ist.benchmark", description=__doc__.split("\n")[0])
     subcommands = parser.add_subparsers(required=True, metavar="WHAT")
     shared = argparse.ArgumentParser(add_help=False)
@@ -384,6 +227,12 @@ def main(argv: Sequence[str]) -> int:
     sub.add_argument("--stride", type=int)
     sub.add_argument("--parts", action="store_true")
     sub.set_defaults(run=arm, output=None, readme=None)
+    return parser
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    parser = make_parser()
     options = parser.parse_args(argv)
     if options.readme and not options.output:
         parser.error("--readme needs --output, whose name is that of the markers")

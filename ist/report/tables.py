@@ -1,5 +1,6 @@
 """Results as JSON that says where they come from, and their tables in a README."""
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 
 from ist.training.command_line import UsageError
-from ist.training.files import write_json, write_text
+from ist.training.files import write_text
 from ist.training.record import environment
 
 
@@ -53,6 +54,17 @@ def insert_table(readme: Path, name: str, table: str) -> None:
     write_text(readme, f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->\n{after}")
 
 
+def _as_text(result: dict[str, Any]) -> str:
+    """JSON with a line for each key, and for each record of a list of records."""
+
+    def value(one: Any) -> str:
+        if isinstance(one, list) and one and all(isinstance(record, dict) for record in one):
+            return "[\n  " + ",\n  ".join(json.dumps(record, allow_nan=False) for record in one) + "\n ]"
+        return json.dumps(one, allow_nan=False)
+
+    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {value(one)}" for key, one in result.items()) + "\n}\n"
+
+
 def publish(
     file: Path,
     command: str,
@@ -71,7 +83,7 @@ def publish(
     head |= {key: facts[key] for key in ("versions", "commit", "hardware")}
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = head | result
-    write_json(file, whole)
+    write_text(file, _as_text(whole))
     if readme:
         insert_table(readme, file.stem, table)
     return whole

@@ -79,7 +79,7 @@ def test_a_resumed_run_is_one_curve_and_has_every_key_of_the_readme(arguments, t
     assert losses == {line["step"]: line["loss"] for line in read_lines(metrics) if "loss" in line}
     assert set(losses) == set(range(1, 31))
     paragraph = next(
-        part for part in (ROOT / "README.md").read_text().split("\n\n") if part.startswith("W&B and Tensor")
+        part for part in (ROOT / "launch/README.md").read_text().split("\n\n") if part.startswith("W&B and Tensor")
     )
     listed = re.findall(r"`((?:train|eval|importance|probe|semantic)/\S+)`", paragraph)
     logged = {key for row in rows.values() for key in row}

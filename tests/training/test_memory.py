@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, GPT2Config, LlamaForCausalLM
 
-from ist.benchmark import command as benchmark
+from ist.benchmark import memory as benchmark
 from ist.config import ISTConfig
 from ist.loss import token_loss_sum
 from ist.training import memory, plan
