@@ -148,7 +148,7 @@ def test_what_cannot_rest_is_refused(reference, tiny, tmp_path):
         make(Trainer, tmp_path / "g", tiny, rows, config=ISTConfig(selection="id3")).train()
     trainer = make(Trainer, tmp_path / "f", tiny, rows)
     trainer.model.peft_config["default"] = AdaLoraConfig(total_step=20, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"AdaLoRA's budget needs what train_ist.py does"):
+    with pytest.raises(ValueError, match=r"AdaLoRA's budget needs steps of its own"):
         trainer.train()
     trainer = make(Trainer, tmp_path / "g", tiny, rows)
     step = trainer.training_step
