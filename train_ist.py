@@ -248,9 +248,9 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
     extensions.finish()
     write = accelerator.is_main_process
     if job.peft_config:
-        result = save_adapter(adapter.model, adapter(), args, record.summary, write)
+        result = save_adapter(job, adapter.model, adapter(), checkpoints.tuner.rule.counts, write)
     else:
-        result = save_model(adapter.model, args, record.summary, write)
+        result = save_model(job, adapter.model, checkpoints.tuner.rule.counts, write)
     if args.log_adapter:
         record.artifact(result)
     final = {"final_train_loss": progress.loss, "final_validation_loss": progress.validation_loss}

@@ -1,6 +1,6 @@
 """The training loss: cross entropies summed over predicted tokens, and how many tokens those are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,11 @@ def predicted_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     encoder-decoder alone, whose decoder begins with a token of its own."""
     labels = batch["labels"]
     return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORE).sum()
+
+
+def count_predicted(labels: Sequence[int]) -> int:
+    """The same of a row's labels, for a decoder."""
+    return sum(label != IGNORE for label in labels[1:])
 
 
 def token_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,10 @@ from ist.evaluate.scorer import (
     require_base,
     start,
 )
+from ist.loss import count_predicted
 from ist.report.tables import publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
-from ist.training.data import Data, collate, encode_rows, load_rows, predicted_tokens
+from ist.training.data import Data, collate, encode_rows, load_rows
 from ist.training.files import IMPORTANCE, keep_lines, read_lines
 from ist.training.model import require_fitting
 
@@ -122,7 +123,7 @@ def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, devi
         part = rows[i : i + args.batch_size]
         batch = collate(part["input_ids"], part["labels"], pad_token_id)
         batches.append({key: tensor.to(device) for key, tensor in batch.items()})
-    return Tokens(batches, sum(map(predicted_tokens, rows["labels"])))
+    return Tokens(batches, sum(map(count_predicted, rows["labels"])))
 
 
 def load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerBase:

@@ -30,7 +30,7 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     lowest, second = min(map(min, curves)), max(curve[min(1, len(curve) - 1)] for curve in curves)
     margin = 0.05 * (second - lowest) or 0.01
     for axis in (by_step, by_time):
-        axis.set_ylim(lowest - margin, second + margin)  # the model as it is is off the top
+        axis.set_ylim(lowest - margin, second + margin)  # the base model is off the top
     if len(arms) <= 8:
         by_step.legend(fontsize="small")
     else:  # would hide the curves

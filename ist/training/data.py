@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ist.loss import IGNORE
+from ist.loss import IGNORE, count_predicted
 from ist.sampler import seeded_generator
 from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError, brief, require
@@ -203,11 +203,6 @@ def encode(row: dict, template: str, tokenizer, max_length: int, completion_only
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
-def predicted_tokens(labels: Sequence[int]) -> int:
-    """How many tokens of a row the loss counts; the first token of a row is never predicted."""
-    return sum(label != IGNORE for label in labels[1:])
-
-
 def encode_rows(
     rows: Dataset, key: str, template: str, tokenizer, max_length: int, completion_only_loss: bool
 ) -> tuple[Dataset, int]:
@@ -236,7 +231,7 @@ def encode_rows(
         new_fingerprint=Hasher.hash((rows._fingerprint, backend, settings)),
         desc=f"tokenising {key}",
     )
-    fits = [i for i, labels in enumerate(encoded["labels"]) if predicted_tokens(labels)]
+    fits = [i for i, labels in enumerate(encoded["labels"]) if count_predicted(labels)]
     if not fits:
         raise UsageError(f"--{key}: no row has an answer left within --max_length {max_length}. Raise --max_length.")
     dropped = len(encoded) - len(fits)

@@ -8,9 +8,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ist.training.arguments import Arguments
+from ist.config import LayerCounts
 from ist.training.checkpoint import gathered
 from ist.training.files import publish
+from ist.training.job import Job
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -32,12 +33,12 @@ MODEL_LOADING = """from transformers import AutoTokenizer, {name}
 model, tokenizer = {name}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
 
 
-def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Arguments, summary: dict, write: bool) -> Path:
+def save_adapter(job: Job, model: PeftModel, adapter: dict[str, Tensor], counts: LayerCounts, write: bool) -> Path:
     """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
 
     `adapter` has, by name, all tensors that PEFT may look for in the model's state_dict.
     """
-    final, temporary = Path(args.output_dir) / "adapter", Path(args.output_dir) / ".saving-adapter"
+    args, final, temporary = job.args, job.output_dir / "adapter", job.output_dir / ".saving-adapter"
     whole = gathered(adapter, write)
     if not write:
         return final
@@ -46,17 +47,17 @@ def save_adapter(model: PeftModel, adapter: dict[str, Tensor], args: Arguments, 
     ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
     loading = ADAPTER_LOADING.format(registration=ours, base=args.model_name_or_path, folder=final)
     data = ModelCardData(base_model=args.model_name_or_path, library_name="peft", tags=["ist", method])
-    _write_card(temporary, args, summary, data, f"A {method} adapter for", loading)
+    _write_card(temporary, job, counts, data, f"A {method} adapter for", loading)
     publish(temporary, final)
     return final
 
 
-def save_model(model: PreTrainedModel, args: Arguments, summary: dict, write: bool) -> Path:
+def save_model(job: Job, model: PreTrainedModel, counts: LayerCounts, write: bool) -> Path:
     """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
 
     In float32, as the weights train: the saved model is the validated one.
     """
-    final, temporary = Path(args.output_dir) / "model", Path(args.output_dir) / ".saving-model"
+    args, final, temporary = job.args, job.output_dir / "model", job.output_dir / ".saving-model"
     whole = gathered(model.state_dict(keep_vars=True), write)
     if not write:
         return final
@@ -72,22 +73,22 @@ def save_model(model: PreTrainedModel, args: Arguments, summary: dict, write: bo
     name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
     loading = MODEL_LOADING.format(name=name, folder=final)
     data = ModelCardData(base_model=args.model_name_or_path, library_name="transformers", tags=["ist"])
-    _write_card(temporary, args, summary, data, "Fine-tuned from", loading)
+    _write_card(temporary, job, counts, data, "Fine-tuned from", loading)
     publish(temporary, final)
     return final
 
 
-def _write_card(folder: Path, args: Arguments, summary: dict, data: ModelCardData, kind: str, loading: str) -> None:
+def _write_card(folder: Path, job: Job, counts: LayerCounts, data: ModelCardData, kind: str, loading: str) -> None:
     card = ModelCard.from_template(
         data,
         template_str=MODEL_CARD,
-        base=args.model_name_or_path,
+        base=job.args.model_name_or_path,
         kind=kind,
         loading=loading,
-        selection=args.selection,
-        trained=summary["layer_counts"]["trained"],
-        n_layers=summary["layer_counts"]["n_layers"],
-        steps=summary["max_steps"],
-        batch=summary["configuration"]["global_batch_size"],
+        selection=job.args.selection,
+        trained=counts.trained,
+        n_layers=counts.n_layers,
+        steps=job.max_steps,
+        batch=job.batch_size,
     )
     card.save(folder / "README.md")

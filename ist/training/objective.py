@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ist.config import ISTConfig
 from ist.distributed import GradientReducer, reduce_sum
-from ist.loss import token_loss_sum, total_loss
+from ist.loss import count_predicted, token_loss_sum, total_loss
 from ist.probe import probe_rows
 from ist.sampler import seeded_generator
 from ist.suppression import evaluation_mode
 from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError
-from ist.training.data import Data, GlobalBatches, micro_batches, predicted_tokens
+from ist.training.data import Data, GlobalBatches, micro_batches
 
 Batch = dict[str, Tensor]
 
@@ -54,7 +54,7 @@ class Objective:
         self.unwrapped = accelerator.unwrap_model(model)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self._lengths = [len(ids) for ids in data.rows["input_ids"]]
-        self._predicted = [predicted_tokens(labels) for labels in data.rows["labels"]]
+        self._predicted = [count_predicted(labels) for labels in data.rows["labels"]]
         self._stream = GlobalBatches(len(data.rows), args.global_batch_size, config.seed)
         self._reducer = GradientReducer(() if self.sharded else parameters)
 
