@@ -13,6 +13,13 @@ from support import ROOT, make_tiny, reset_accelerate
 
 from ist.training.word_problems import arithmetic_rows
 
+# The files that take longest, by minutes: begun first, so that the other worker has the rest in the meantime.
+LONGEST = ("test_cluster.py", "test_topologies.py", "test_demo.py", "test_sweep.py", "test_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def hf_cache(tmp_path_factory):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up what is missing and run the tests: tests/run.sh [--all] [pytest arguments]
 #
-#   tests/run.sh          everything on tiny models, under 10 minutes on two cores; fetches nothing but packages
+#   tests/run.sh          everything on tiny models, about 10 minutes on two cores; fetches nothing but packages
 #   tests/run.sh --all    and the slow launches, with the demo's model (93 MB, fetched once)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,4 +16,4 @@ else
 fi
 # Two workers of one thread: tiny models gain nothing from a second one.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-.venv/bin/python -m pytest tests -n 2 --dist loadfile "${select[@]}" "$@"
+.venv/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"

@@ -106,7 +106,7 @@ def assert_same_course(run: Path, reference: Path, after: int = 0) -> None:
     assert difference.norm() < 1e-3 * adapter_of(reference).norm()
 
 
-def test_the_launches_are_what_they_say(runs):
+def test_each_launch_has_its_topology(runs):
     expected = {"one": ("NO", 1), "ddp": ("MULTI_CPU", 2), "fsdp": ("FSDP", 2)}
     for name, (kind, world_size) in expected.items():
         record = json.loads((runs[name] / "run/run.json").read_text())
@@ -117,7 +117,7 @@ def test_the_launches_are_what_they_say(runs):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_ranks_train_what_one_process_trains(runs, name):
+def test_two_ranks_train_as_one_process(runs, name):
     assert_same_course(runs[name] / "run", runs["one"] / "run")
 
 

@@ -152,7 +152,7 @@ def test_files_that_are_no_pictures_are_small():
             assert file.stat().st_size <= 100_000, named(file)
 
 
-def test_nothing_else_stands_at_the_top_level():
+def test_nothing_else_is_at_the_top_level():
     names = {named(file).split("/")[0] for file in tracked("*")}
     assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
 
@@ -215,7 +215,7 @@ def keys_of(*command: str) -> set[str]:
     return {key.replace("-", "_") for key in re.findall(r"--([\w-]+)", done.stdout)}  # each key is listed twice
 
 
-def test_every_key_stands_in_a_readme_and_every_key_in_a_readme_exists():
+def test_every_key_is_in_a_readme_and_every_key_in_a_readme_exists():
     text = "\n".join(file.read_text() for file in markdown_files())
     ours = keys_of("train_ist.py")
     missing = {key for key in ours if not re.search(rf"`{key}[`=]|--{key}\b", text)} - {"help"}

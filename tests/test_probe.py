@@ -72,7 +72,7 @@ def test_stacked_is_one_forward_a_batch():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["lora", "series"])
-def test_derivatives_by_the_responses_beside_differences(name, checkpointing):
+def test_derivatives_by_the_responses_against_differences(name, checkpointing):
     model, layers = adapted(name)
     model, h = model.double(), 0.02  # no smaller: Llama's norms are float32 in any model
     if checkpointing:
@@ -135,7 +135,7 @@ def test_a_model_that_flattens_rows_and_positions():
     torch.testing.assert_close(estimate, near, rtol=1e-4, atol=0)
 
 
-def test_rows_that_cannot_be_told_apart_are_measured_one_by_one(monkeypatch):
+def test_rows_that_a_method_mixes_are_measured_one_by_one(monkeypatch):
     model, layers = adapted("lora")
     expected = exact(model, layers, CANDIDATES, 0.25)
 

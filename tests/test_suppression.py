@@ -172,7 +172,7 @@ def test_a_merged_adapter_is_refused():
     ],
     ids=["loha", "boft", "pvera"],
 )
-def test_measuring_turns_off_what_adapters_draw_at_random(config):
+def test_evaluation_mode_turns_off_the_noise_of_adapters(config):
     torch.manual_seed(0)
     model = get_peft_model(LlamaForCausalLM(tiny_config()), config).train()
     for parameter in model.parameters():

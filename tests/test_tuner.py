@@ -56,7 +56,7 @@ def test_what_layers_share_belongs_to_none_of_them():
         LayerMap(get_peft_model(LlamaForCausalLM(tiny_config()), unilora))
 
 
-def test_the_state_of_an_adapter_is_what_peft_saves_and_nothing_of_the_base(tmp_path):
+def test_the_state_of_an_adapter_is_peft_s_and_nothing_of_the_base(tmp_path):
     configs = [
         LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=None),
         VeraConfig(r=8, target_modules=["q_proj", "down_proj"]),

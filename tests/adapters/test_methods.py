@@ -34,7 +34,7 @@ def test_one_process(work, name):
 
 
 @pytest.mark.parametrize("topology", ["ddp", "fsdp2"])
-def test_two_ranks_train_what_one_process_trains(work, topology):
+def test_two_ranks_train_as_one_process(work, topology):
     for name in ON_TWO_RANKS:
         if not (work / "one" / methods.slug(name) / "run/adapter").exists():
             methods.one_process(work, name)

@@ -54,7 +54,7 @@ def test_an_arm_that_fails_is_named(tiny, tmp_path):
         speed.take_turns({"ist": flags}, 20, True, lambda line: None)
 
 
-def test_arms_take_turns_with_the_bare_loop_beside_each_group(monkeypatch):
+def test_arms_take_turns_with_the_bare_loop_in_each_group(monkeypatch):
     asked = []
 
     def take_turns(arms, steps, parts, say):

@@ -110,7 +110,7 @@ def rows_of(*answers, instruction="Choose. Answer format: answer1/answer2/answer
     return Dataset.from_list([{"instruction": instruction, "answer": answer} for answer in answers])
 
 
-def test_the_format_is_told_from_the_rows():
+def test_the_format_follows_from_the_rows():
     assert answers_of(rows_of("true", "false"), "f").labels == BOOLS
     assert answers_of(rows_of("answer1", "answer3"), "f").labels == ANSWERS
     assert answers_of(rows_of("A", "E"), "f").kind == "letter"

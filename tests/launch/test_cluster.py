@@ -186,7 +186,7 @@ def test_an_array_of_seeds_of_which_one_is_requeued(cluster, home, one):
     assert all(distance(run, one)["adapter"] > 0 for run in (runs[0], runs[2]))
 
 
-def test_arms_and_what_is_finished_or_bad(cluster, home, one):
+def test_arms_finished_runs_and_bad_input(cluster, home, one):
     finished = one.name.removeprefix("tiny-")
     before = (one / "run.json").read_bytes()
     cluster.run("scontrol", "requeue", finished)

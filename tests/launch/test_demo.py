@@ -29,7 +29,7 @@ def test_the_demo_model_is_the_real_one():
 
 @needs_model
 @pytest.mark.slow
-def test_the_demo_leaves_what_it_says_and_runs_twice(tmp_path):
+def test_the_demo_leaves_its_files_and_runs_twice(tmp_path):
     run = tmp_path / "demo"
     short = ["--max_steps", "6", "--update_interval", "2", "--save_steps", "3", "--logging_steps", "1"]
     environment = {**os.environ, "DEMO_DIR": str(run), "OMP_NUM_THREADS": "2"}
@@ -59,7 +59,7 @@ def test_the_demo_leaves_what_it_says_and_runs_twice(tmp_path):
     assert stamps() == before
 
 
-def test_a_fresh_clone_has_what_the_readme_names():
+def test_a_fresh_clone_has_the_files_of_the_readme():
     names = {Path(name) for name in ("README.md", "LICENSE", "requirements.txt", "train_ist.py", "launch/demo.sh")}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     assert names <= {Path(name) for name in tracked}

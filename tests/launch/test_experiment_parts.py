@@ -38,7 +38,7 @@ def test_the_arms_that_train_an_orders_ends_train_those_of_the_published_one():
         assert arms[name].settings["fixed_layers"] == ",".join(map(str, sorted(layers)))
 
 
-def test_stepwise_unmasking_saves_what_all_layers_save(tiny, rows, tmp_path):
+def test_stepwise_unmasking_keeps_the_activations_of_all_layers(tiny, rows, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     flags = {"model_name_or_path": tiny, "train_file": tmp_path / "rows.json", "output_dir": tmp_path / "out"}
     flags |= {"lora_dropout": 0, "report_to": "none"}
@@ -50,7 +50,7 @@ def test_stepwise_unmasking_saves_what_all_layers_save(tiny, rows, tmp_path):
     assert ours == usual and min(usual.values()) > 0
 
 
-def test_a_best_value_at_an_end_of_what_was_tried_is_marked():
+def test_a_best_value_at_an_end_of_the_grid_is_marked():
     def trial(arm: str, rate: float, loss: float) -> dict:
         return {"arm": arm, "key": "learning_rate", "values": {"learning_rate": rate}, "loss": loss}
 
@@ -65,7 +65,7 @@ def test_a_best_value_at_an_end_of_what_was_tried_is_marked():
     assert marks == ["", "best", "", "", "best, at an end of the grid"]
 
 
-def test_what_an_arm_sets_itself_it_does_not_take_over(tmp_path):
+def test_an_arms_own_settings_win_over_values_taken_over(tmp_path):
     ours, done = object.__new__(runner.Runner), []
     ours.experiment, ours.folder, ours.base = SimpleNamespace(tuning_seed=100), tmp_path, {"max_steps": 6}
     ours.files = {"tuning": "tuning.json", "test": "test.json"}
@@ -125,7 +125,7 @@ def test_parts_do_not_overlap_and_are_the_same_whatever_the_order(tmp_path):
         write_parts(train_file, None, {"test": 8, "tuning": 7}, tmp_path / "b")
 
 
-def test_a_question_with_other_spaces_stands_in_one_part_only(tmp_path):
+def test_a_question_with_other_spaces_is_in_one_part_only(tmp_path):
     def row(i: int, words: str) -> dict:
         return {"instruction": words.format(i), "output": str(i)}
 
@@ -217,7 +217,7 @@ def test_bad_input_is_one_line(tiny, many_rows, write, tmp_path, monkeypatch, ch
     assert "\n" not in str(refusal.value)
 
 
-def test_some_arms_come_with_what_they_take_over(write):
+def test_some_arms_come_with_those_they_depend_on(write):
     chosen = Experiment.read(write(), ["fixed", "short"])
     assert list(chosen.arms) == ["LoRA", "short", "IST", "fixed"]
     assert list(Experiment.read(write(), ["IST"]).arms) == ["IST"]

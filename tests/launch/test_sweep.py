@@ -45,7 +45,7 @@ def test_sweeps_are_valid(name):
     assert sweeps.schema_violations_from_proposed_config(sweep)
 
 
-def test_the_search_is_over_what_it_says():
+def test_the_search_has_its_documented_keys():
     sweep = load("sweep.yaml")
     searched = {key for key, value in sweep["parameters"].items() if "value" not in value}
     assert searched == {

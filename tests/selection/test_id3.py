@@ -187,7 +187,7 @@ def test_a_scalar_chosen_later_begins_as_in_a_new_adamw():
     assert torch.equal(ours[order[32:]], theirs[order[32:]])
 
 
-def test_state_bytes_beside_adamw():
+def test_state_bytes_against_adamw():
     parameters = trainable(tiny_model())
     n_scalars = sum(p.numel() for p in parameters.values())
     dense = torch.optim.AdamW(parameters.values())
@@ -233,7 +233,7 @@ def test_no_temporary_is_larger_than_the_largest_tensor():
     assert largest.nbytes == 400 * 1000 * 4
 
 
-def test_ranks_that_would_unmask_otherwise_are_told_apart(monkeypatch):
+def test_ranks_that_would_unmask_otherwise_are_stopped(monkeypatch):
     digests = []
     monkeypatch.setattr(id3, "require_agreement", lambda what, digest: digests.append((what, digest)))
     for other in (5, 5, 6):  # on the third rank two gradients have changed places: the same scores, elsewhere

@@ -21,7 +21,7 @@ from ist.training.command_line import UsageError
 
 
 @pytest.mark.parametrize("peft_method", ["lora", "series", "parallel", "none"])
-def test_masked_scalars_stay_and_the_norm_is_of_what_moves(train, tiny, tmp_path, monkeypatch, peft_method):
+def test_masked_scalars_stay_and_the_norm_is_of_unmasked_ones(train, tiny, tmp_path, monkeypatch, peft_method):
     attach, unmask = StepwiseUnmasking.attach, StepwiseUnmasking.unmask
     seen = {"norm": [], "step": []}
 

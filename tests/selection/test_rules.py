@@ -15,7 +15,7 @@ from ist.training.command_line import UsageError
 # ------------------------------------------------------------------------------------------------- the simple rules
 
 
-def test_lisa_beside_its_description():
+def test_lisa_follows_its_description():
     """Pan et al., Algorithm 1: every K iterations draw gamma of N_L layers uniformly; they stay for K iterations."""
     n_layers, drawn, interval, draws = 12, 3, 7, 4000
     rule = LisaSampler(n_layers, ISTConfig(selection="lisa", trained_layers=drawn, lisa_interval=interval))

@@ -47,7 +47,7 @@ def test_semantic_bases_are_rows_of_the_pseudo_inverse(rank):
     torch.testing.assert_close(SemanticBases(head)(tokens).double(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_deviations_beside_a_plain_computation():
+def test_deviations_against_a_plain_computation():
     model = random_llama()
     peft = get_peft_model(random_llama(), LoraConfig(target_modules=["q_proj"]))
     spaces = []  # the input of the first layer and the output of each, by transformers' own means

@@ -242,7 +242,7 @@ def test_held_out_word_problems_share_no_number_and_no_template():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_are_rows_apart(attention):
+def test_packed_rows_have_the_loss_of_single_rows(attention):
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(attn_implementation=attention)).double()
     rows = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18]]

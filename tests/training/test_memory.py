@@ -94,7 +94,7 @@ def test_without_values_the_same_bytes_are_counted(name, like_gpu, padded):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_is_counted_is_what_the_allocator_gave(name):
+def test_counted_bytes_are_the_allocators(name):
     args, peft_config, config = arguments_of(**SETTINGS[name])
     counter = real_counter(args, peft_config, config)
     counted = counter.step([0, 3])
@@ -158,7 +158,7 @@ def test_a_boundary_that_is_not_known_yet_is_the_lowest_possible(budget, boundar
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_4bit_weights_take_what_bitsandbytes_takes(tiny, dtype):
+def test_4bit_weights_have_the_bytes_of_bitsandbytes(tiny, dtype):
     args, peft_config, _ = arguments_of(load_in_4bit=True)
     args = replace(args, model_name_or_path=str(tiny), seed=1, dtype=dtype)
     with counting(args, peft_config, AutoConfig.from_pretrained(tiny), SHAPE) as counter:
@@ -172,7 +172,7 @@ def test_4bit_weights_take_what_bitsandbytes_takes(tiny, dtype):
     assert predicted < whole
 
 
-def test_8bit_optimizer_state_takes_what_bitsandbytes_takes():
+def test_8bit_optimizer_state_has_the_bytes_of_bitsandbytes():
     parameters = [nn.Parameter(torch.zeros(size)) for size in (100, 4095, 4096, 5000, 100_000)]
     optimizer = AdamW8bit(parameters)
     for parameter in parameters:
@@ -219,7 +219,7 @@ def predictions(monkeypatch):
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
-def test_a_plan_is_what_a_run_takes(train, long_rows, monkeypatch, predictions, lengths, options):
+def test_a_plan_predicts_the_peak_of_a_run(train, long_rows, monkeypatch, predictions, lengths, options):
     options = {"train_file": long_rows[lengths], "prompt_template": "none", "max_length": 100, "max_steps": 8} | options
     assert train(plan=True, **options) == 0
     peak = peak_of_a_run(train, monkeypatch, options["max_steps"] // 2, **options)
@@ -227,7 +227,7 @@ def test_a_plan_is_what_a_run_takes(train, long_rows, monkeypatch, predictions, 
 
 
 @pytest.mark.parametrize("topology", ["ddp", "fsdp2"])
-def test_a_plan_is_what_each_of_two_ranks_takes(tiny, long_rows, tmp_path, topology):
+def test_a_plan_predicts_the_peak_of_each_of_two_ranks(tiny, long_rows, tmp_path, topology):
     """Within 10 % under FSDP2: what it has gathered and reduced at one moment is a matter of timing, some 7 %."""
     shutil.copytree(tiny, tmp_path / "model")
     shape = {"hidden_size": 128, "intermediate_size": 384, "n_layers": 6}  # so that weights matter beside activations
@@ -258,7 +258,7 @@ def test_a_plan_leaves_nothing_and_needs_no_tracker(train, tmp_path, capsys, mon
     assert "Changes, and the peak" not in printed
 
 
-def test_what_does_not_fit_is_told_what_to_change(train, capsys, monkeypatch, predictions):
+def test_a_run_that_does_not_fit_gets_the_changes_that_help(train, capsys, monkeypatch, predictions):
     monkeypatch.setattr(plan, "USABLE", 1e-9)
     assert train(plan=True, attn_implementation="eager") == 0
     printed = capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_the_committed_table_is_its_files():
     assert benchmark.memory_table(result["records"]) == published("memory")
 
 
-def test_ist_needs_at_most_four_fifths_of_what_lora_needs():
+def test_ist_needs_at_most_four_fifths_of_loras_memory():
     """In the mean, beside the weights; but not with eager attention and autocast, as the README says."""
     records = json.loads((ROOT / "launch/results/memory.json").read_text())["records"]
     settings = {(r["attn_implementation"], r["bf16"]) for r in records if r["model"] == "LLaMA-7B"}
@@ -316,7 +316,7 @@ def test_ist_needs_at_most_four_fifths_of_what_lora_needs():
         assert benchmark.without_weights(arms["semantic+ist"], "peak") <= 0.5 * every
 
 
-def test_what_is_measured_has_state_of_what_ever_trains_alone():
+def test_a_measured_step_has_state_only_of_layers_that_ever_train():
     counter = real_counter(*arguments_of())
     assert benchmark.measured_peak(counter, [3], {2, 3}, torch.device("cpu")) == counter.step([3], {2, 3}).peak
     stated = {name for name, p in counter.model.named_parameters() if counter.optimizer.state.get(p)}
@@ -325,6 +325,6 @@ def test_what_is_measured_has_state_of_what_ever_trains_alone():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the measured peak of a GPU needs one")
-def test_a_gpu_takes_what_is_counted():
+def test_a_gpu_allocates_the_counted_bytes():
     for record in benchmark.memory_of("lora", "SmolLM2-135M", (4, 1024), measure=True):
         assert record["peak"] == pytest.approx(record["measured_peak"], rel=0.1)

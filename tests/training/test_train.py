@@ -69,7 +69,7 @@ def test_every_layer_trained_is_plain_peft_bit_for_bit(train, tiny, rows, tmp_pa
         assert (logged == losses) == (name != "other")
 
 
-def test_a_run_leaves_what_the_readme_says(train, tiny, tmp_path):
+def test_a_run_leaves_the_files_of_the_readme(train, tiny, tmp_path):
     assert train(validation_size=8, eval_steps=10, save_steps=10, lora_dropout=0) == 0
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
