@@ -402,12 +402,15 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch):
         ((*adapter, *text, "--importance", tmp_path / "no"), "has no importance scores"),
         ((*adapter, *text, "--importance", tmp_path), "all scores are equal"),
         ((*adapter, *text, "--output_dir", tmp_path / "one.txt"), "cannot be written"),
-        ((*adapter, *text, "--readme", ROOT / "README.md"), "--readme needs --publish"),
+        ((*adapter, *text, "--readme", ROOT / "launch/experiments/README.md"), "--readme needs --publish"),
         (
-            (*adapter, *text, "--readme", ROOT / "README.md", "--publish", "layers-arithmetic.json"),
+            (*adapter, *text, "--readme", ROOT / "launch/experiments/README.md", "--publish", "layers-arithmetic.json"),
             "--readme takes the table of --importance, which is not given",
         ),
-        ((*adapter, *text, "--readme", ROOT / "README.md", "--publish", "none.json"), "no place <!-- none -->"),
+        (
+            (*adapter, *text, "--readme", ROOT / "launch/experiments/README.md", "--publish", "none.json"),
+            "no place <!-- none -->",
+        ),
         ((*adapter, *text, "--readme", tmp_path / "one.txt", "--publish", "a.json"), "no place <!-- a -->"),
     ):
         reset_accelerate()
