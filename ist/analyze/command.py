@@ -36,6 +36,7 @@ from ist.evaluate.scorer import (
     read_text,
     require_base,
     start,
+    windows,
 )
 from ist.loss import count_predicted
 from ist.report.tables import publish, require_publishing
@@ -100,12 +101,10 @@ def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, devi
     """
     if args.text_file:
         text = read_text("text_file", args.text_file)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: args.max_tokens]
-        windows = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
-        windows = [window for window in windows if len(window) > 1]  # the first token of a window is not predicted
-        if not windows:
+        cut = windows(tokenizer, text, args.max_length, args.max_tokens)
+        if not cut:
             raise UsageError(f"--text_file {args.text_file} has a single token, so there is none to predict.")
-        rows = Dataset.from_dict({"input_ids": windows, "labels": windows})
+        rows = Dataset.from_dict({"input_ids": cut, "labels": cut})
     else:
         rows = load_rows("rows_file", [args.rows_file])
         rows = rows.select(range(min(len(rows), args.max_tokens)))

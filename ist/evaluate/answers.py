@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.training.command_line import UsageError
 
 

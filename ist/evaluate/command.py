@@ -9,15 +9,15 @@ Leaves O/<task>.jsonl, a line per row, and O/summary.json. A run that was stoppe
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from accelerate import PartialState
 from datasets import Dataset
 
-import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.evaluate.answers import Answers, answers_of, choices, task_name
 from ist.evaluate.scorer import (
     Scorer,
@@ -67,8 +67,14 @@ class EvaluateArguments(ScorerArguments):
             raise UsageError(f"--test_file has more than one file of the task {repeated[0]}: evaluate one at a time.")
 
 
-def load_tasks(args: EvaluateArguments) -> dict[str, tuple[Dataset, Answers]]:
-    tasks = {}
+class Task(NamedTuple):
+    name: str
+    rows: Dataset
+    answers: Answers
+
+
+def load_tasks(args: EvaluateArguments) -> list[Task]:
+    tasks = []
     for file in args.test_file:
         rows = load_rows("test_file", [file])
         if args.max_rows:
@@ -76,84 +82,60 @@ def load_tasks(args: EvaluateArguments) -> dict[str, tuple[Dataset, Answers]]:
         answers = answers_of(rows, file)
         if args.scoring == "likelihood" and answers.kind == "number":
             raise UsageError(f"--scoring likelihood needs choices; the answers of {file} are numbers.")
-        tasks[task_name(file)] = rows, answers
+        tasks.append(Task(task_name(file), rows, answers))
     return tasks
 
 
-def _whole_lines(file: Path) -> Iterator[dict]:
-    """The lines of a shard, without one that a kill cut short."""
-    for line in file.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
-
-
 def gather(output_dir: Path, task: str) -> dict[int, dict]:
-    """Rows that are done, by number, from the shards that ranks wrote, of this run and of those before."""
-    lines = (line for file in sorted(output_dir.glob(f".{task}.*.jsonl")) for line in _whole_lines(file))
-    return {line["row"]: line for line in lines}
+    """Scored rows by number, from the shards that ranks wrote, of this run and of those before."""
+    return {line["row"]: line for file in sorted(output_dir.glob(f".{task}.*.jsonl")) for line in read_lines(file)}
 
 
 def evaluate_task(
-    scorer: Callable[[], Scorer],
-    name: str,
-    rows: Dataset,
-    answers: Answers,
-    args: EvaluateArguments,
-    state: PartialState,
-) -> dict | None:
-    """Score the rows that no earlier run has scored, and write O/<task>.jsonl; the task's line of the summary."""
-    output_dir = Path(args.output_dir)
+    task: Task, scorer: Callable[[], Scorer], args: EvaluateArguments, state: PartialState
+) -> dict[str, Any]:
+    """Score the rows that no earlier run has scored, and write O/<task>.jsonl; the task's entry in the summary."""
+    output_dir, name, rows = Path(args.output_dir), task.name, len(task.rows)
     final = output_dir / f"{name}.jsonl"
     if not final.exists():
         done = gather(output_dir, name)
         state.wait_for_everyone()  # nobody writes before everybody has read
-        left = sorted(set(range(len(rows))) - done.keys())
+        left = sorted(set(range(rows)) - done.keys())
         if done:
-            state.print(f"{name}: going on after {len(done)} of {len(rows)} rows")
+            state.print(f"{name}: going on after {len(done)} of {rows} rows")
         if left:
-            _score(scorer(), name, rows, answers, left[state.process_index :: state.num_processes], args, state)
+            _score(task, scorer(), left[state.process_index :: state.num_processes], args, state)
         state.wait_for_everyone()
         if state.is_main_process:
             lines = gather(output_dir, name)
-            if lines.keys() != set(range(len(rows))):
-                raise RuntimeError(f"{name}: {len(lines)} of {len(rows)} rows were scored")
-            write_lines(final, (lines[i] for i in range(len(rows))))
+            if lines.keys() != set(range(rows)):
+                raise RuntimeError(f"{name}: {len(lines)} of {rows} rows were scored")
+            write_lines(final, (lines[i] for i in range(rows)))
             for shard in output_dir.glob(f".{name}.*.jsonl"):
                 shard.unlink()
         state.wait_for_everyone()
     right = [line["right"] for line in read_lines(final)]
-    if len(right) != len(rows):
-        raise UsageError(
-            f"--output_dir: {final} has {len(right)} rows, the test file {len(rows)}. Choose another folder."
-        )
-    low, high = wilson(sum(right), len(right))
-    return {"rows": len(right), "right": sum(right), "accuracy": sum(right) / len(right), "interval": [low, high]}
+    if len(right) != rows:
+        raise UsageError(f"--output_dir: {final} has {len(right)} rows, the test file {rows}. Choose another folder.")
+    interval = list(wilson(sum(right), rows))
+    return {"rows": rows, "right": sum(right), "accuracy": sum(right) / rows, "interval": interval}
 
 
-def _score(
-    scorer: Scorer,
-    name: str,
-    rows: Dataset,
-    answers: Answers,
-    mine: list[int],
-    args: EvaluateArguments,
-    state: PartialState,
-) -> None:
+def _score(task: Task, scorer: Scorer, mine: list[int], args: EvaluateArguments, state: PartialState) -> None:
     """Write a line for each row of `mine` to a shard of this process's own."""
-    prompts = {i: make_prompt(rows[i], args.prompt_template, scorer.tokenizer) for i in mine}
+    answers = task.answers
+    prompts = {i: make_prompt(task.rows[i], args.prompt_template, scorer.tokenizer) for i in mine}
     mine = sorted(mine, key=lambda i: len(prompts[i]), reverse=True)  # the batch that needs most memory comes first
     batches = [mine[start : start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
-    state.print(f"{name}: {len(rows)} rows")
-    with open(Path(args.output_dir) / f".{name}.{uuid.uuid4().hex}.jsonl", "w") as file:
+    state.print(f"{task.name}: {len(task.rows)} rows")
+    with open(Path(args.output_dir) / f".{task.name}.{uuid.uuid4().hex}.jsonl", "w") as file:
         for batch in progress(batches, "batch", state):
             if args.scoring == "generation":
                 tokens = args.max_new_tokens or (32 if answers.kind in ("label", "text") else 256)
                 outputs = scorer.generate([prompts[i] for i in batch], tokens)
                 found = [(output, answers.extract(output)) for output in outputs]
             else:
-                found = [_most_likely(scorer, prompts[i], rows[i], answers) for i in batch]
+                found = [_most_likely(scorer, prompts[i], task.rows[i], answers) for i in batch]
             for i, (output, extracted) in zip(batch, found, strict=True):
                 line = {"row": i, "prompt": prompts[i], "output": output, "extracted": extracted}
                 line |= {"gold": answers.gold[i], "right": answers.right(extracted, i)}
@@ -195,16 +177,8 @@ def main(argv: Sequence[str]) -> int:
     output_dir = Path(args.output_dir)
     settings = deciding(args) | {"adapter_digest": adapter_digest(args.adapter)}
     claim_folder(output_dir, settings, state)
-
-    loaded: list[Scorer] = []
-
-    def scorer() -> Scorer:
-        """Loaded when the first row needs it: a finished evaluation needs none."""
-        if not loaded:
-            loaded.append(load_scorer(args, state.device))
-        return loaded[0]
-
-    results = {name: evaluate_task(scorer, name, *task, args, state) for name, task in tasks.items()}
+    scorer = cache(partial(load_scorer, args, state.device))  # a finished evaluation loads no model
+    results = {task.name: evaluate_task(task, scorer, args, state) for task in tasks}
     perplexity = {name: scorer().perplexity(text, args.max_length, state) for name, text in texts.items()}
     accuracies = [result["accuracy"] for result in results.values()]
     summary = {

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.distributed import reduce_sum
 from ist.training.command_line import UsageError, brief, require
+from ist.training.data import collate
 from ist.training.files import write_json
 from ist.training.record import require_writable
 
@@ -59,10 +60,8 @@ class Scorer:
             same = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
             rows.append(whole)
             starts.append(max(same, 1))
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        batch = collate(rows, rows, self.tokenizer.pad_token_id)
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         losses = self._token_losses(ids, mask)  # [B, width - 1]: of token t + 1
         return [-losses[i, start - 1 : len(row) - 1].sum().item() for i, (row, start) in enumerate(zip(rows, starts))]
 
@@ -73,17 +72,23 @@ class Scorer:
     @torch.inference_mode()
     def perplexity(self, text: str, max_length: int, state: PartialState) -> dict[str, float]:
         """exp of the mean loss of a text's tokens, in windows of `max_length` end to end, shared out over ranks."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-        windows = [window for window in windows if len(window) > 1]
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        mine = windows[state.process_index :: state.num_processes]
+        mine = windows(self.tokenizer, text, max_length)[state.process_index :: state.num_processes]
         for window in progress(mine, "window", state):
             batch = torch.tensor([window], device=self.device)
             losses = self._token_losses(batch, torch.ones_like(batch))
             total += torch.tensor([losses.sum().item(), losses.numel()], dtype=torch.float64, device=self.device)
         loss_sum, tokens = reduce_sum(total).tolist()
         return {"perplexity": math.exp(loss_sum / tokens), "loss": loss_sum / tokens, "tokens": int(tokens)}
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """The first `max_tokens` tokens of a text, `max_length` at a time; the first of a window is not predicted."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    cut = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [window for window in cut if len(window) > 1]
 
 
 def progress(items: Sequence, unit: str, state: PartialState) -> Iterator:
