@@ -1,4 +1,4 @@
-"""Losses of an adapter as the responses of its layers are taken away one by one: what `python -m ist.analyze` measures.
+"""Losses of an adapter as the responses of its layers are ablated one by one, for `python -m ist.analyze`.
 
 Every evaluation is a line of a file and is made once; candidates are shared out over ranks.
 """
@@ -6,7 +6,7 @@ Every evaluation is a line of a file and is made once; candidates are shared out
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,47 +16,46 @@ from torch import Tensor, nn
 
 from ist.distributed import reduce_sum
 from ist.layers import LayerMap
-from ist.loss import token_loss_sum
+from ist.loss import total_loss
 from ist.suppression import evaluation_mode, suppress
 from ist.training.command_line import UsageError
 from ist.training.files import keep_lines, read_lines
 
-# How a layer is chosen at each stage, of the losses without it: the lowest loss means that it mattered least.
+# The choice of a layer at each stage, by the losses without it: the lowest loss means that it matters least.
 DIRECTIONS = {"least": min, "most": max}
 
 
+Batch = dict[str, Tensor]
+
+
 class Tokens(NamedTuple):
-    batches: list[dict[str, Tensor]]  # input_ids, attention_mask, labels, [B, S], on the device
-    predicted: int  # those that the loss is the mean of
+    batches: list[Batch]  # input_ids, attention_mask, labels, [B, S], on the device
+    predicted: int  # the loss is their mean
 
 
-def mean_loss(model: nn.Module, tokens: Tokens, before: Callable[[int], Any] | None = None) -> float:
-    """The mean cross entropy of the predicted tokens; `before` is called with the number of each batch.
+def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """The mean cross entropy of the predicted tokens.
 
     Raises:
         UsageError: it is not finite.
     """
-    total = 0.0
     with evaluation_mode(model):
-        for i, batch in enumerate(tokens.batches):
-            if before:
-                before(i)
-            total += token_loss_sum(model, batch).item()
-    if not math.isfinite(total):
-        raise UsageError(f"the loss is {total}: there is nothing to compare. Try --dtype float32.")
-    return total / tokens.predicted
+        loss, predicted = total_loss(model, batches).tolist()
+    if not math.isfinite(loss):
+        raise UsageError(f"the loss is {loss}: there is nothing to compare. Try --dtype float32.")
+    return loss / predicted
 
 
 class AblationLoss:
-    """The loss of some tokens, with the adapter responses of a set of layers taken away (suppressed with g = 0).
+    """The loss of some tokens, with the adapter responses of a set of layers ablated (suppressed with g = 0).
 
-    To take away one layer more changes nothing below it. So the outputs of all blocks are kept once for the layers that
-    are gone already, and under a candidate the blocks below return what is kept instead of running; masks, positions,
-    norm and head are the model's own. Kept are [tokens, hidden size] for each block, padding included.
+    The ablation of one layer more changes nothing below it. So the outputs of all blocks are kept once for the layers
+    that are ablated already, and for a candidate the blocks below it return these instead of running; masks,
+    positions, norm and head are the model's own. Kept are [tokens, hidden size] for each block, padding included.
 
     Attributes:
         full: the loss with all layers.
-        reuses: whether blocks are skipped; not where they are found to need more than the outputs of those below.
+        reuses: whether blocks are skipped; false if a block needs more than the outputs of those below.
 
     Raises:
         UsageError: the adapter has no layers.
@@ -77,8 +76,9 @@ class AblationLoss:
     def _loss(self, removed: Iterable[int], below: int = 0) -> float:
         """With the kept outputs of the blocks under `below`."""
         blocks, modules = self.layers.all_blocks[:below], [m for i in removed for m in self.layers.modules[i]]
-        with suppress(modules, 0.0), _replaceable(blocks) as give:
-            return mean_loss(self.model, self.tokens, lambda i: give(self._outputs[i]))
+        replayed = _replayed(blocks, self._outputs, self.tokens.batches)
+        with suppress(modules, 0.0), closing(replayed) as batches:
+            return mean_loss(self.model, batches)
 
     def _keep(self, removed: Sequence[int]) -> float:
         """The loss without `removed`; keeps the output of each block under the topmost layer, for each batch."""
@@ -96,36 +96,34 @@ class AblationLoss:
         return loss
 
     def _can_reuse(self) -> bool:
-        """Whether the topmost layer, run by itself on what is kept, gives the loss of the whole model.
+        """Whether the topmost layer, run by itself on the kept outputs, gives the loss of the whole model.
 
-        Not where layers hand more to one another than their outputs (keys and values that several share), or run twice.
+        It does not where layers share more than their outputs (keys and values of several), or run twice.
         """
         try:
             return math.isclose(self._loss([], self.layers.positions[-1]), self.full, rel_tol=1e-6)
-        except Exception:  # whatever a block misses that was not run
+        except Exception:  # of any kind: a block misses something of one that did not run
             return False
 
 
-@contextmanager
-def _replaceable(blocks: Sequence[nn.Module]) -> Iterator[Callable[[Sequence], None]]:
-    """Within the context, `give(outputs)` has each block return the output in its place, whatever it is called with."""
+def _replayed(blocks: Sequence[nn.Module], outputs: list[list[Any]], batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches; while one is in use, each of `blocks` returns its output for it instead of running."""
 
     def returning(output: Any) -> Callable:
         return lambda *args, **kwargs: output
 
-    def give(outputs: Sequence) -> None:
-        for i, block in enumerate(blocks):
-            block.forward = returning(outputs[i])
-
     try:
-        yield give
+        for kept, batch in zip(outputs, batches, strict=True):
+            for block, output in zip(blocks, kept):
+                block.forward = returning(output)
+            yield batch
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
 
 
 class Ablations:
-    """Evaluations, each made once: what ablations.jsonl has is not measured again. Every rank calls it alike."""
+    """Evaluations, each made once: those in ablations.jsonl are not measured again. Every rank calls it alike."""
 
     def __init__(self, file: Path, n_layers: int, ablation: Callable[[], AblationLoss], state: PartialState) -> None:
         self.file, self.n_layers, self.ablation, self.state = file, n_layers, ablation, state
@@ -163,10 +161,10 @@ class Ablations:
 def ablate_greedily(
     direction: str, n_layers: int, losses_without: Callable[[list[int]], dict[int, float]]
 ) -> dict[str, list]:
-    """{order: layers as they went, losses: after each}; of layers that are missed alike the lowest goes first.
+    """{order: layers as they were ablated, losses: after each}; of layers with equal losses the lowest goes first.
 
     Args:
-        losses_without: of the layers that are gone, {layer: loss without it as well} for the others, lowest first.
+        losses_without: of the ablated layers, {layer: loss without it as well} for the others, lowest first.
     """
     order, after = [], []
     for _ in range(n_layers):

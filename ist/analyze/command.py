@@ -4,7 +4,7 @@
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m ist.analyze ...  (shared out)
 
 Leaves O/ablations.jsonl, a line per evaluation, O/analysis.json and O/layers.png (lines.jsonl has the losses that are
-drawn as lines). A run that was stopped goes on from what it has written.
+drawn as lines). A stopped run goes on from its files.
 """
 
 import hashlib
@@ -94,7 +94,7 @@ class AnalyzeArguments(ScorerArguments):
 
 
 def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tokens:
-    """The first max_tokens tokens of the text in windows side by side, or as many whole rows, but one at least.
+    """The first max_tokens tokens of the text in windows end to end, or as many whole rows, but one at least.
 
     Raises:
         UsageError: a file or a row that cannot be used, or tokens that the model cannot take.
@@ -197,7 +197,7 @@ def measure_lines(
 ) -> dict[str, dict]:
     """{name: {name, folder, digest, loss}} of the models; of the adapter itself `layers` too, their module names.
 
-    Rank 0 measures what `file` does not have.
+    Rank 0 measures those that `file` does not have.
     """
     wanted = {
         name: {"name": name, "folder": one.adapter or one.model_name_or_path, "digest": digest(one)}
@@ -214,7 +214,7 @@ def measure_lines(
             if name == ADAPTER:
                 found = {"loss": ablation().full, "layers": ablation().layers.names}
             else:
-                found = {"loss": mean_loss(load_scorer(models[name], state.device).model, tokens)}
+                found = {"loss": mean_loss(load_scorer(models[name], state.device).model, tokens.batches)}
             with open(file, "a") as stream:
                 stream.write(json.dumps(wanted[name] | found) + "\n")
     state.wait_for_everyone()

@@ -3,7 +3,7 @@
     python -m ist.evaluate --model_name_or_path M --adapter runs/X/adapter --test_file boolq/test.json --output_dir O
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 -m ist.evaluate ...  (shared out)
 
-Leaves O/<task>.jsonl, a line per row, and O/summary.json. A run that was stopped goes on from what it has written.
+Leaves O/<task>.jsonl, a line per row, and O/summary.json. A stopped run goes on from its files.
 """
 
 import json
