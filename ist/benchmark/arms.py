@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ist.training.arguments import ARGUMENTS, Arguments
 from ist.training.command_line import UsageError, parse_arguments
-from ist.training.data import GlobalBatches, collate, micro_batches, prepare_data
+from ist.training.data import Data, GlobalBatches, collate, micro_batches, prepare_data
 from ist.training.files import read_lines
 from ist.training.model import load_model, plan_layers
 from ist.training.observer import Observer
@@ -48,17 +47,19 @@ ARMS: dict[str, dict] = {
 }
 
 
-def train_ist() -> ModuleType:
-    """train_ist.py, which is not part of the package.
+def train(flags: dict[str, Any], observer: Observer) -> None:
+    """Run train_ist.py, which is not part of the package, in this process.
 
     Raises:
         UsageError: it is not there: the package was installed by itself.
+        RuntimeError: its exit code is not 0.
     """
     try:
         import train_ist
     except ImportError as error:
         raise UsageError("this needs train_ist.py: run it in a checkout of the repository, from its folder.") from error
-    return train_ist
+    if code := train_ist.main(as_argv(flags), observer):
+        raise RuntimeError(f"train_ist.py ended with {code}: {flags}")
 
 
 def as_argv(flags: dict[str, Any]) -> list[str]:
@@ -164,9 +165,7 @@ def run_ours(flags: dict, parts: bool, lockstep: Lockstep | None = None) -> dict
     with tempfile.TemporaryDirectory() as folder:
         values = flags | {"output_dir": f"{folder}/run", "logging_steps": WINDOW, "report_to": "none"}
         with silent():
-            code = train_ist().main(as_argv(values), watch)
-        if code:
-            raise RuntimeError(f"train_ist.py ended with {code} in arm {flags}")
+            train(values, watch)
         lines = [line for line in read_lines(Path(folder) / "run/metrics.jsonl") if "loss" in line][1:]
         # On a CPU a process's peak is that of all arms before.
         peak = {"peak_memory_bytes": lines[-1]["peak_memory_bytes"]} if torch.cuda.is_available() else {}
@@ -224,9 +223,19 @@ def run_trainer(args: Arguments, model: PeftModel, rows: Dataset, pad: int, lock
 
 def arguments_of(flags: dict) -> Arguments:
     """The arguments of a run of train_ist.py, resolved as it does."""
-    argv = as_argv(flags)
-    *groups, _ = parse_arguments(ARGUMENTS, argv, "")
+    *groups, _ = parse_arguments(ARGUMENTS, as_argv(flags), "")
     return Arguments.joined(groups)
+
+
+def load_arm(flags: dict) -> tuple[Arguments, PeftModel, Data]:
+    """Arguments, model and rows of a run of train_ist.py, loaded as it does."""
+    reset()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with silent():
+        Accelerator()
+        args = plan_layers(arguments_of(flags), sharded=False).args
+        data = prepare_data(args)
+        return args, load_model(args, make_peft_config(args), device).to(device), data
 
 
 def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
@@ -235,13 +244,7 @@ def run_arm(arm: str, flags: dict[str, str], stride: int, parts: bool) -> None:
     if arm not in ("bare loop", "transformers.Trainer"):
         lockstep.finish(run_ours(flags, parts, lockstep))
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args = arguments_of(flags)
-    with silent():
-        Accelerator()
-        args = plan_layers(args, sharded=False).args
-        data = prepare_data(args)
-        model = load_model(args, make_peft_config(args), device).to(device)
+    args, model, data = load_arm(flags)
     run = run_bare if arm == "bare loop" else run_trainer
     run(args, model, data.rows, data.pad_token_id, lockstep)
-    lockstep.finish({"peak_memory_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
+    lockstep.finish({"peak_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})

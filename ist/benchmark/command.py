@@ -12,18 +12,18 @@ With --measure it also runs the steps on random weights, on the GPU if there is 
 
 These train, on word problems made for it: `speed` runs arms in turn, step by step (plain PEFT in a bare loop,
 transformers.Trainer, and train_ist.py by several rules), `probe` compares cheaper probes with the full one on the same
-candidates, `communication` counts what travels between ranks, `scale` what the method's own bookkeeping costs as
-things grow.
+candidates, `communication` counts the traffic between ranks, `scale` measures the cost of the method's bookkeeping as
+layers, ranks and candidates grow.
 """
 
 import argparse
 import json
 import shlex
-import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +32,22 @@ from accelerate import Accelerator
 
 from ist.benchmark.arms import ARMS, WINDOW, run_arm, say
 from ist.benchmark.memory import GEOMETRIES, METHODS, memory_of, memory_settings, memory_table
-from ist.benchmark.probes import probe_agreement, rank_correlation
-from ist.benchmark.scale import measure_scale
+from ist.benchmark.probes import probe_agreement, probe_table
+from ist.benchmark.scale import measure_scale, scale_table
 from ist.benchmark.speed import count_flops, matmul_rate, measure_speed, speed_table
-from ist.benchmark.traffic import communicate, communication_row, measure_communication
+from ist.benchmark.traffic import communicate, communication_row, communication_table, measure_communication
 from ist.report.tables import publish
-from ist.training.command_line import UsageError, command, markdown_table, require
+from ist.training.command_line import UsageError, command, require
 from ist.training.word_problems import arithmetic_rows
 
 
-def memory(options: Namespace, command: str) -> None:
+def memory(options: Namespace) -> dict[str, Any]:
     records = []
     for model, method, settings in memory_settings(options.models, options.methods):
         of_one = memory_of(method, model, (options.rows, options.length), options.measure, **settings)
-        print(memory_table(of_one).split("\n")[2], file=sys.stderr, flush=True)
+        say(memory_table(of_one).split("\n")[2])
         records += of_one
-    finish(options, command, records=records)
-
-
-def memory_markdown(options: Namespace, result: dict[str, Any]) -> str:
-    return memory_table(result["records"])
+    return {"records": records}
 
 
 @contextmanager
@@ -76,107 +72,66 @@ def training_flags(options: Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-def speed(options: Namespace, command: str) -> None:
+def speed(options: Namespace) -> dict[str, Any]:
     with training_flags(options) as flags:
         together = options.together or (1 if torch.cuda.is_available() else 0)
         results = measure_speed(flags, options.arms, options.rounds, together, say)
         flops = count_flops(flags)
     dtype = torch.bfloat16 if options.bf16 or options.dtype == "bfloat16" else torch.float32
-    finish(options, command, results=results, flops=flops, matmul_flops_per_second=matmul_rate(dtype))
+    return {"results": results, "flops": flops, "matmul_flops_per_second": matmul_rate(dtype)}
 
 
-def speed_markdown(options: Namespace, result: dict[str, Any]) -> str:
-    header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range of windows)"]
-    header += ["tokens/s", "/ bare loop (95 % interval)"]
-    flops, rate = result["flops"], result["matmul_flops_per_second"]
-    floor = {key: 100 * flops[key] / rate for key in ("forward", "backward")}
-    rows = speed_table(result["results"], flops["tokens"])
-    rows.append(["floor of `all`: FLOPs / rate of matrix products"] + [f"{floor[key]:.3g}" for key in floor])
-    rows[-1] += ["", "", "", f"{sum(floor.values()):.3g}", f"{100 * flops['tokens'] / sum(floor.values()):.0f}", ""]
-    shape = f"seconds per 100 steps, {options.rows} x {options.length} tokens, {options.rounds} rounds"
-    return "\n".join([shape, "", *markdown_table(header, rows)])
-
-
-def probe(options: Namespace, command: str) -> None:
+def probe(options: Namespace) -> dict[str, Any]:
     with training_flags(options) as flags:
         flags |= {"learning_rate": 5e-4, "score_lr": 100, "update_interval": 5, "logging_steps": 5}
-        finish(options, command, updates=probe_agreement(flags, say))
+        return {"updates": probe_agreement(flags, say)}
 
 
-def probe_markdown(options: Namespace, result: dict[str, Any]) -> str:
-    rows, seen = [], result["updates"]
-    full = sum(one["seconds"]["full"] for one in seen)
-    for name in ("cheap", "gradient"):
-        rho, (low, high) = rank_correlation(seen, name)
-        share = sum(one["seconds"][name] for one in seen) / full
-        rows.append([name, f"{rho:.2f}", f"{low:.2f} … {high:.2f}", f"{share:.3f}"])
-    header = ["probe", f"Spearman's rho, mean of {len(seen)} updates", "95 % interval", "seconds / full probe's"]
-    return "\n".join(markdown_table(header, rows))
-
-
-def communication(options: Namespace, command: str) -> None:
+def communication(options: Namespace) -> dict[str, Any]:
     result = {}
     with training_flags(options) as flags:
-        for topology in ("ddp", "fsdp2"):
-            for selection in ("all", "ist"):
-                name = f"{topology}, {selection}"
-                result[name], _ = measure_communication(flags | {"selection": selection}, topology, options.ranks)
-                say(" | ".join(communication_row(name, result[name])))
-    finish(options, command, steps=result)
+        for topology, selection in product(("ddp", "fsdp2"), ("all", "ist")):
+            name = f"{topology}, {selection}"
+            result[name], _ = measure_communication(flags | {"selection": selection}, topology, options.ranks)
+            say(" | ".join(communication_row(name, result[name])))
+    return {"steps": result}
 
 
-def communication_markdown(options: Namespace, result: dict[str, Any]) -> str:
-    header = [f"{options.ranks} ranks", "per step", "gradient bytes / adapter bytes", "trained share of the layers"]
-    return "\n".join(
-        markdown_table(header, [communication_row(name, steps) for name, steps in result["steps"].items()])
-    )
-
-
-def scale(options: Namespace, command: str) -> None:
+def scale(options: Namespace) -> dict[str, Any]:
     with training_flags(options) as flags:
         rows = measure_scale(flags, Path(options.model_name_or_path), options.layers, say)
         for ranks in options.rank_counts:
             _, seconds = measure_communication(flags, "ddp", ranks)
             rows.append([f"the model itself, {ranks} rank{'s' * (ranks > 1)}", f"{1e3 * seconds:.0f}", "", "", ""])
             say(" | ".join(rows[-1]))
-    finish(options, command, rows=rows)
+    return {"rows": rows}
 
 
-def scale_markdown(options: Namespace, result: dict[str, Any]) -> str:
-    header = ["ist", "ms per step", "probes, ms per step", "bookkeeping, ms per step", "bookkeeping share"]
-    return "\n".join(markdown_table(header, result["rows"]))
-
-
-def rank(options: Namespace, command: str) -> None:
+def rank(options: Namespace) -> None:
+    """One rank of a launch of `communication`."""
     communicate(json.loads(options.flags))
 
 
-def arm(options: Namespace, command: str) -> None:
+def arm(options: Namespace) -> None:
+    """One arm of `speed`, in a process of its own."""
     run_arm(options.name, json.loads(options.flags), options.stride, options.parts)
 
 
-MARKDOWN = {
-    memory: memory_markdown,
-    speed: speed_markdown,
-    probe: probe_markdown,
-    communication: communication_markdown,
-    scale: scale_markdown,
+# Functions of the options and of the JSON file, whose command has the options.
+TABLES: dict[Callable, Callable[[Namespace, dict[str, Any]], str]] = {
+    memory: lambda options, result: memory_table(result["records"]),
+    speed: lambda options, result: speed_table(result, options.rows, options.length, options.rounds),
+    probe: lambda options, result: probe_table(result["updates"]),
+    communication: lambda options, result: communication_table(result["steps"], options.ranks),
+    scale: lambda options, result: scale_table(result["rows"]),
 }
 
 
-def finish(options: Namespace, command: str, **result: Any) -> None:
-    """Print a subcommand's table; write JSON to --output, and the table into --readme."""
-    table = MARKDOWN[options.run](options, result)
-    print(table)
-    if options.output:
-        publish(options.output, command, Accelerator(), table, options.readme, **result)
-
-
 def published_table(file: Path) -> str:
-    """The table of a file that --output wrote; its command has the rows, tokens and ranks."""
+    """The table of a file that --output wrote."""
     result = json.loads(file.read_text())
     options = make_parser().parse_args(shlex.split(result["command"])[3:])
-    return MARKDOWN[options.run](options, result)
+    return TABLES[options.run](options, result)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -204,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
         (speed, "seconds by part of training steps, arms in turn"),
         (probe, "how well cheaper probes agree with the full one"),
         (communication, "bytes and calls of each collective"),
-        (scale, "what grows with layers, ranks, candidates"),
+        (scale, "the method's bookkeeping as layers, ranks, candidates grow"),
     ):
         sub = subcommands.add_parser(function.__name__, parents=[shared, training], help=text)
         sub.set_defaults(run=function)
@@ -218,10 +173,10 @@ def make_parser() -> argparse.ArgumentParser:
         if function is scale:
             sub.add_argument("--layers", nargs="+", type=int, default=[8, 16, 32, 64])
             sub.add_argument("--rank_counts", nargs="*", type=int, default=[1, 2, 4], metavar="RANKS")
-    sub = subcommands.add_parser("rank", help=argparse.SUPPRESS)  # one rank of what `communication` launches
+    sub = subcommands.add_parser("rank", help=argparse.SUPPRESS)
     sub.add_argument("--flags")
     sub.set_defaults(run=rank, output=None, readme=None)
-    sub = subcommands.add_parser("arm", help=argparse.SUPPRESS)  # one arm of what `speed` starts
+    sub = subcommands.add_parser("arm", help=argparse.SUPPRESS)
     sub.add_argument("--name")
     sub.add_argument("--flags")
     sub.add_argument("--stride", type=int)
@@ -236,5 +191,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.readme and not options.output:
         parser.error("--readme needs --output, whose name is that of the markers")
-    options.run(options, "python -m ist.benchmark " + shlex.join(argv))
+    result = options.run(options)
+    if options.run in TABLES:
+        table = TABLES[options.run](options, result)
+        print(table)
+        if options.output:
+            command = "python -m ist.benchmark " + shlex.join(argv)
+            publish(options.output, command, Accelerator(), table, options.readme, **result)
     return 0

@@ -1,7 +1,7 @@
 """FSDP2 on CPU: for tests, and for the bytes that `communication` counts where there are no GPUs.
 
-Accelerate turns FSDP off on CPU and says nothing. Here it is set as the launcher's config asks; what runs then is
-Accelerate's and torch's own FSDP2 on gloo ranks.
+Accelerate turns FSDP off on CPU and says nothing. Here it is set as the launcher's config asks, and Accelerate's and
+torch's own FSDP2 runs on gloo ranks.
 """
 
 import os

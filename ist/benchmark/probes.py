@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ist.benchmark.arms import as_argv, reset, train_ist
+from ist.benchmark.arms import reset, train
 from ist.config import CHEAP
 from ist.report.statistics import spearman
 from ist.suppression import evaluation_mode
+from ist.training.command_line import markdown_table
 from ist.training.observer import Observer
 from ist.tuner import PROBES, SparseTuner
 
@@ -32,7 +33,7 @@ class ProbeComparison(Observer):
         self.tuner = tuner
 
     def first_rows(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """What a cheap probe takes: of the rows of a full one the first eighth."""
+        """The rows of a cheap probe: the first eighth of a full one's."""
         batch = next(iter(self.tuner.probe_batches(step)))
         yield {key: value[: max(1, self.rows // CHEAP)] for key, value in batch.items()}
 
@@ -61,9 +62,7 @@ def probe_agreement(flags: dict, say: Callable[[str], None]) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         reset()
         values = flags | {"output_dir": f"{folder}/run", "report_to": "none", "selection": "ist"}
-        code = train_ist().main(as_argv(values), comparison)
-    if code:
-        raise RuntimeError(f"train_ist.py ended with {code}")
+        train(values, comparison)
     return comparison.updates
 
 
@@ -76,3 +75,14 @@ def rank_correlation(seen: list[dict], probe: str, draws: int = 2000) -> tuple[f
     generator = np.random.default_rng(0)
     means = [np.mean(generator.choice(rhos, size=len(rhos))) for _ in range(draws)]
     return float(np.mean(rhos)), np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def probe_table(updates: list[dict]) -> str:
+    """Markdown: rank correlation of each cheaper probe with the full one, and its share of the full one's seconds."""
+    rows, full = [], sum(one["seconds"]["full"] for one in updates)
+    for name in ("cheap", "gradient"):
+        rho, (low, high) = rank_correlation(updates, name)
+        share = sum(one["seconds"][name] for one in updates) / full
+        rows.append([name, f"{rho:.2f}", f"{low:.2f} … {high:.2f}", f"{share:.3f}"])
+    header = ["probe", f"Spearman's rho, mean of {len(updates)} updates", "95 % interval", "seconds / full probe's"]
+    return "\n".join(markdown_table(header, rows))

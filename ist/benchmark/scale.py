@@ -5,15 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ist.benchmark.arms import run_ours, silent
+from ist.training.command_line import markdown_table
 
 
 def make_geometry(folder: Path, n_layers: int, tokenizer: Path, **shape) -> Path:
     """A random Llama of a given shape, with the tokenizer of another folder."""
-    from transformers import AutoTokenizer
-
     vocabulary = len(AutoTokenizer.from_pretrained(tokenizer))
     config = LlamaConfig(num_hidden_layers=n_layers, vocab_size=vocabulary, tie_word_embeddings=True, **shape)
     torch.manual_seed(0)
@@ -35,11 +34,10 @@ def measure_scale(flags: dict, tokenizer: Path, layers: Sequence[int], say: Call
 
     def row(name: str, **settings) -> None:
         result = run_ours(flags | settings, parts=True)
-        own = result["bookkeeping"] / result["total"]
+        total, probe, own = (result[part] for part in ("total", "probe", "bookkeeping"))
         rows.append(
-            [name, f"{1e3 * result['total']:.0f}", f"{1e3 * result['probe']:.1f}", f"{1e3 * result['bookkeeping']:.2f}"]
+            [name, f"{1e3 * total:.0f}", f"{1e3 * probe:.1f}", f"{1e3 * own:.2f}", f"{100 * own / total:.2f} %"]
         )
-        rows[-1].append(f"{100 * own:.2f} %")
         say(" | ".join(rows[-1]))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -52,3 +50,8 @@ def measure_scale(flags: dict, tokenizer: Path, layers: Sequence[int], say: Call
         for interval in (2, 5):
             row(f"{layers[0]} layers, an update every {interval} steps", update_interval=interval, **smallest)
     return rows
+
+
+def scale_table(rows: list[list[str]]) -> str:
+    header = ["ist", "ms per step", "probes, ms per step", "bookkeeping, ms per step", "bookkeeping share"]
+    return "\n".join(markdown_table(header, rows))

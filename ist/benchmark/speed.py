@@ -1,8 +1,8 @@
-"""How long the steps of different arms take, side by side: what `python -m ist.benchmark speed` and `scale` measure.
+"""Seconds of the steps of different arms in turn, for `python -m ist.benchmark speed`.
 
 An arm is a run of train_ist.py itself, of a bare loop, or of transformers.Trainer, over the same rows, in a process of
-its own. Arms take turns step by step, A B C A B C, so that what else the machine does falls on all of them alike; then
-again with another seed, so that draws do.
+its own. Arms take turns step by step, A B C A B C, so that other load of the machine falls on all of them alike; then
+again with another seed, as the draws matter too.
 """
 
 import contextlib
@@ -18,14 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
-from ist.benchmark.arms import ARMS, WINDOW, arguments_of, reset, silent, synchronize
+from ist.benchmark.arms import ARMS, WINDOW, load_arm, synchronize
 from ist.loss import token_loss_sum
-from ist.training.data import GlobalBatches, micro_batches, prepare_data
-from ist.training.model import load_model, plan_layers
-from ist.training.peft_config import make_peft_config
+from ist.training.command_line import markdown_table
+from ist.training.data import GlobalBatches, micro_batches
 
 
 class ArmProcess:
@@ -45,7 +43,7 @@ class ArmProcess:
 
     def _read(self) -> str:
         if not (line := self.process.stdout.readline()):
-            raise RuntimeError(f"the arm {self.arm} ended with {self.process.wait()}; why is above")
+            raise RuntimeError(f"the arm {self.arm} ended with {self.process.wait()}; its error is above")
         return line
 
     def go(self) -> float:
@@ -121,17 +119,10 @@ def measure_speed(
 
 def count_flops(flags: dict) -> dict[str, float]:
     """FLOPs of the matrix products of one forward, and of its backward with all layers trained; counted, not timed."""
-    args = arguments_of(flags)
-    reset()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with silent():
-        Accelerator()
-        args = plan_layers(args, sharded=False).args
-        data = prepare_data(args)
-        model = load_model(args, make_peft_config(args), device).to(device)
+    args, model, data = load_arm(flags)
     indices = GlobalBatches(len(data.rows), args.per_device_train_batch_size, 0).rows(0)
     (batch,) = micro_batches(data.rows, indices, args.per_device_train_batch_size, 0, 1, data.pad_token_id)
-    batch = {key: tensor.to(device) for key, tensor in batch.items()}
+    batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
     with FlopCounterMode(display=False) as forward:
         loss = token_loss_sum(model, batch)
     with FlopCounterMode(display=False) as backward:
@@ -184,23 +175,26 @@ def window_means(run: dict) -> list[float]:
     return [sum(run["turns"][i : i + turns]) / WINDOW for i in range(0, len(run["turns"]), turns)]
 
 
-def speed_table(results: dict[str, list[dict]], tokens: int) -> list[list[str]]:
-    """Rows of the speed table: seconds per 100 steps by part, and the ratio to the bare loop.
-
-    Args:
-        tokens: of a step.
-    """
-    rows = []
-    for arm, runs in results.items():
+def speed_table(result: dict[str, Any], rows: int, length: int, rounds: int) -> str:
+    """Markdown: seconds per 100 steps by part, and the ratio to the bare loop; at the end the floor by FLOPs."""
+    header = ["arm", "forward", "backward", "optimizer", "probe", "bookkeeping", "total (range of windows)"]
+    header += ["tokens/s", "/ bare loop (95 % interval)"]
+    table, flops = [], result["flops"]
+    for arm, runs in result["results"].items():
         cells = []
-        for part in ("forward", "backward", "optimizer", "probe", "bookkeeping", "total"):
+        for part in ("forward", "backward", "optimizer", "probe", "bookkeeping"):
             values = [100 * run[part] for run in runs if part in run]
             cells.append(f"{statistics.median(values):.3g}" if values else "")
-        cells[-1] = spread([100 * mean for run in runs for mean in window_means(run)])
+        cells.append(spread([100 * mean for run in runs for mean in window_means(run)]))
+        cells.append(f"{flops['tokens'] / statistics.median(run['total'] for run in runs):.0f}")
         ratio = ""
         if "bare" in runs[0]:
             ratio, (low, high) = ratio_of(runs)
             ratio = f"{ratio:.3f}" + (f" ({low:.3f} … {high:.3f})" if arm != "bare loop" else "")
-        rate = f"{tokens / statistics.median(run['total'] for run in runs):.0f}"
-        rows.append([arm, *cells, rate, ratio])
-    return rows
+        table.append([arm, *cells, ratio])
+    forward, backward = (100 * flops[key] / result["matmul_flops_per_second"] for key in ("forward", "backward"))
+    floor = [f"{forward:.3g}", f"{backward:.3g}", "", "", "", f"{forward + backward:.3g}"]
+    floor.append(f"{100 * flops['tokens'] / (forward + backward):.0f}")
+    table.append(["floor of `all`: FLOPs / rate of matrix products", *floor, ""])
+    shape = f"seconds per 100 steps, {rows} x {length} tokens, {rounds} rounds"
+    return "\n".join([shape, "", *markdown_table(header, table)])

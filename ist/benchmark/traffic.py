@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch
 
-from ist.benchmark.arms import as_argv, train_ist
+from ist.benchmark.arms import train
 from ist.distributed import CollectiveCounter
+from ist.training.command_line import markdown_table
 from ist.training.files import read_lines
 from ist.training.observer import Observer
 from ist.tuner import SparseTuner
 
 
 class Traffic(Observer):
-    """What travels at each step, and how much of the adapter trains in it."""
+    """Calls and bytes of each step's collectives, and the layers and bytes of the adapter that train in it."""
 
     def __init__(self, counter: CollectiveCounter) -> None:
         self.steps = counter.steps
@@ -47,16 +48,14 @@ def communicate(flags: dict) -> None:
     with CollectiveCounter() as counter:
         traffic = Traffic(counter)
         with contextlib.redirect_stdout(sys.stderr):
-            code = train_ist().main(as_argv(flags), traffic)
+            train(flags, traffic)
         traffic.finish_step()
-    if code:
-        raise RuntimeError(f"train_ist.py ended with {code}")
     if os.environ.get("RANK", "0") == "0":
         print("traffic: " + json.dumps(counter.steps))
 
 
 def measure_communication(flags: dict, topology: str, ranks: int) -> tuple[list[dict], float]:
-    """(what travels at each step of train_ist.py on `ranks` processes, seconds per step), from a launch of its own."""
+    """(calls and bytes of each step of train_ist.py on `ranks` processes, seconds per step), from a launch."""
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(root / f"accelerate_configs/{topology}.yaml"), "--num_processes", str(ranks)]
@@ -92,3 +91,8 @@ def communication_row(name: str, steps: list[dict]) -> list[str]:
         for c in names
     )
     return [name, "; ".join(counted), f"{statistics.mean(ratio):.4f}", f"{statistics.mean(trained):.4f}"]
+
+
+def communication_table(steps: dict[str, list[dict]], ranks: int) -> str:
+    header = [f"{ranks} ranks", "per step", "gradient bytes / adapter bytes", "trained share of the layers"]
+    return "\n".join(markdown_table(header, [communication_row(name, taken) for name, taken in steps.items()]))
