@@ -123,7 +123,7 @@ def _replayed(blocks: Sequence[nn.Module], outputs: list[list[Any]], batches: Se
 
 
 class Ablations:
-    """Evaluations, each made once: those in ablations.jsonl are not measured again. Every rank calls it alike."""
+    """Evaluations, each made once: those in ablations.jsonl are not measured again. All ranks make the same calls."""
 
     def __init__(self, file: Path, n_layers: int, ablation: Callable[[], AblationLoss], state: PartialState) -> None:
         self.file, self.n_layers, self.ablation, self.state = file, n_layers, ablation, state

@@ -49,7 +49,8 @@ def agreement(scores: Sequence[float], importance: Sequence[float]) -> dict[str,
 def compare_importance(analysis: dict, scores: Sequence[float]) -> dict[str, dict]:
     """Rank correlations of scores with each greedy order, and with the rise of the loss without each layer alone.
 
-    Layers that are missed alike (adapters still at zero) stand in an order by their position, but share a rank alone.
+    Layers with equal losses (adapters still at zero) have places by their position in an order, but equal single
+    ablations.
     """
     values = {d: places(analysis, d) for d in analysis["directions"]} | {"single_ablation": analysis["single_ablation"]}
     return {name: agreement(scores, importance) for name, importance in values.items()}

@@ -121,20 +121,20 @@ class Lockstep:
     """Inside an arm's process: before a step, wait until the others have done theirs, and say when it is done.
 
     Args:
-        stride: steps that a turn has. On a GPU a window, as to wait for the device at each step would hold it up.
+        stride: steps of a turn. On a GPU a window, as a wait for the device at each step would slow it.
     """
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
         self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever else is printed must not get between
+        os.dup2(2, 1)  # all other output goes to stderr
 
     def wait(self, step: int) -> None:
         if step % self.stride == 0:
             synchronize()
             print("ready", file=self.out, flush=True)
             if not sys.stdin.readline():
-                raise SystemExit("the benchmark is gone")
+                raise SystemExit("the benchmark process has ended")
 
     def finish(self, result: dict[str, float]) -> None:
         print(json.dumps(result), file=self.out, flush=True)

@@ -1,8 +1,8 @@
 """Seconds of the steps of different arms in turn, for `python -m ist.benchmark speed`.
 
 An arm is a run of train_ist.py itself, of a bare loop, or of transformers.Trainer, over the same rows, in a process of
-its own. Arms take turns step by step, A B C A B C, so that other load of the machine falls on all of them alike; then
-again with another seed, as the draws matter too.
+its own. Arms take turns step by step, A B C A B C, so that other load of the machine slows all of them; then again with
+another seed, as the draws matter too.
 """
 
 import contextlib

@@ -125,7 +125,7 @@ class ScorerArguments:
 
 
 def require_base(args: ScorerArguments) -> None:
-    """Raises UsageError when the adapter says that it belongs to another model, or is none."""
+    """Raises UsageError if the folder holds no adapter, or one whose configuration names another base model."""
     if not args.adapter:
         return
     if not (Path(args.adapter) / "adapter_config.json").exists():

@@ -49,7 +49,7 @@ def test_blocks_below_the_layer_do_not_run_and_nothing_changes(family):
     found = []
     for removed, layer, skipped in (([], 1, 3), ([], 0, 1), ([1], 0, 1), ([0], 1, 3)):
         expected = slow(removed, layer)
-        fast(removed, layer)  # what is kept for `removed` is there now
+        fast(removed, layer)  # keeps the outputs for `removed`
         ran[:] = [0] * 4
         assert fast(removed, layer) == expected
         assert all(count == 0 for count in ran[:skipped]) and all(ran[skipped:])

@@ -1,4 +1,4 @@
-"""Layers taken away one by one: PEFT's own means as reference, skipped blocks, ranks, runs that go on, bad input."""
+"""Greedy ablation of layers: PEFT's own means as reference, ranks, resumed runs, bad input."""
 
 import copy
 import json
@@ -153,8 +153,8 @@ def test_what_one_layer_has_learned_is_found(whole):
 
 
 def test_of_layers_missed_alike_the_lowest_goes_first():
-    def losses_without(gone):
-        return {i: 1.0 for i in range(3) if i not in gone}
+    def losses_without(removed):
+        return {i: 1.0 for i in range(3) if i not in removed}
 
     for direction in ("least", "most"):
         assert ablate_greedily(direction, 3, losses_without)["order"] == [0, 1, 2]
@@ -346,7 +346,7 @@ def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     first = [least.index(i) for i in range(4)], [3 - most.index(i) for i in range(4)]
     assert analysis["between_orders"]["rho"] == pytest.approx(stats.spearmanr(*first).statistic)
 
-    # Into a README, as it stands in the published file; the picture beside that.
+    # Into a README, as it stands in the published file; the picture next to that.
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- found -->\nold\n<!-- /found -->\nb\n")
     scores = ("--importance", tmp_path / "importance.jsonl", tmp_path / "other.jsonl")
@@ -354,7 +354,7 @@ def test_importance_is_compared_with_the_orders(folder, whole, tmp_path):
     run(folder, tmp_path / "out", *scores, "--publish", tmp_path / "results/found.json", "--readme", readme)
     published = json.loads((tmp_path / "results/found.json").read_text())
     assert published["between_runs"] == analysis["between_runs"]
-    assert {published["date"], analysis["date"]} == {"2026-01-02"}  # of what is measured, not of its printing
+    assert {published["date"], analysis["date"]} == {"2026-01-02"}  # of the measurement, not of its printing
     table = readme.read_text().removeprefix("a\n<!-- found -->\n").removesuffix("\n<!-- /found -->\nb\n")
     assert table == agreement_table(published)
     assert f"\n| {tmp_path.name} | " in table  # a run by its folder

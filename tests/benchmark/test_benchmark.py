@@ -1,4 +1,4 @@
-"""The benchmark commands, small; what they count beside what must come out."""
+"""The benchmark commands on a tiny model; their counts against sums by hand."""
 
 import json
 from time import sleep
@@ -14,10 +14,10 @@ from ist.training.command_line import UsageError
 from ist.tuner import PROBES
 
 
-def run(tiny, tmp_path, what, *options):
-    file = tmp_path / f"{what}.json"
+def run(tiny, tmp_path, name, *options):
+    file = tmp_path / f"{name}.json"
     shape = ("--model_name_or_path", str(tiny), "--rows", "2", "--length", "24")
-    assert benchmark.main([what, *shape, "--output", str(file), *options]) == 0
+    assert benchmark.main([name, *shape, "--output", str(file), *options]) == 0
     return json.loads(file.read_text())
 
 
@@ -83,13 +83,13 @@ def test_parts_are_those_of_the_steps_that_count(tiny, train_file, monkeypatch):
 
 
 def test_the_interval_of_a_ratio_holds_it():
-    """Pairs that share what disturbs them: the ratio is known far better than either time."""
+    """Pairs with a common disturbance: the ratio is known far better than either time."""
     generator = np.random.default_rng(1)
     within = []
     for _ in range(200):
         disturbed = generator.uniform(1, 3, size=60)
         own = 0.8 * disturbed * generator.normal(1, 0.05, size=60)
-        own[::10] += 1.0 * disturbed[::10]  # what each tenth step has more is no matter of chance
+        own[::10] += 1.0 * disturbed[::10]  # the update of each tenth step is not random
         ratio, (low, high) = speed.ratio_of([{"turns": own, "bare": disturbed, "stride": 1}])
         assert ratio == pytest.approx(own.sum() / disturbed.sum())
         assert high - low < 0.1

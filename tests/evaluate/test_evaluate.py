@@ -25,7 +25,7 @@ from ist.training.data import make_prompt
 from ist.training.word_problems import arithmetic_rows
 
 BOOLS, SOLUTIONS, ANSWERS, ENDINGS, OPTIONS = LABELS
-OUTPUTS = [  # (labels, or letter or number; output; what LLM-Adapters' scripts read from it)
+OUTPUTS = [  # (labels, or letter or number; output; answer that LLM-Adapters' scripts read from it)
     (BOOLS, "the correct answer is true", "true"),
     (BOOLS, "the correct answer is false", "false"),
     (BOOLS, "true", "true"),
@@ -179,7 +179,7 @@ def flags_of(folder, output_dir, *more, adapter=True) -> list[str]:
 def results(output_dir) -> dict[str, list[dict]]:
     assert sorted(path.name for path in output_dir.iterdir()) == [
         *("arguments.json", "choose.jsonl", "summary.json", "sums.jsonl")
-    ]  # the shards are gone
+    ]  # no shards
     return {name: read_lines(output_dir / f"{name}.jsonl") for name in ("choose", "sums")}
 
 
