@@ -33,14 +33,14 @@ def one_by_one(
     model: nn.Module,
     layers: LayerMap,
     candidates: Sequence[Sequence[int]],
-    beta: float,
+    suppression: float,
     batches: Batches,
     loss: Loss = token_loss,
 ) -> Tensor:
-    """The paper's probe: the loss once for each candidate set, with beta on all layers outside the set."""
+    """The paper's probe: the loss once for each candidate set, with all layers outside the set suppressed."""
     sums = []
     for kept in candidates:
-        with suppress(layers.tuners_outside(kept), beta):
+        with suppress(layers.tuners_outside(kept), suppression):
             sums.append(total_loss(model, batches(), loss))
     return torch.stack(sums)
 
@@ -49,7 +49,7 @@ def stacked(
     model: nn.Module,
     layers: LayerMap,
     candidates: Sequence[Sequence[int]],
-    beta: float,
+    suppression: float,
     batches: Batches,
     loss: Loss = token_loss,
 ) -> Tensor:
@@ -64,22 +64,26 @@ def stacked(
         try:
             if mixed or (flash and "position_ids" in batch):
                 raise RowsMixed
-            sums[:, 0] += _stacked_losses(model, layers, candidates, beta, batch)
+            sums[:, 0] += _stacked_losses(model, layers, candidates, suppression, batch)
             sums[:, 1] += predicted_tokens(model, batch)
         except RowsMixed:
-            sums += one_by_one(model, layers, candidates, beta, partial(list, [batch]), loss)
+            sums += one_by_one(model, layers, candidates, suppression, partial(list, [batch]), loss)
     return sums
 
 
 def _stacked_losses(
-    model: nn.Module, layers: LayerMap, candidates: Sequence[Sequence[int]], beta: float, batch: dict[str, Tensor]
+    model: nn.Module,
+    layers: LayerMap,
+    candidates: Sequence[Sequence[int]],
+    suppression: float,
+    batch: dict[str, Tensor],
 ) -> Tensor:
     """[N_c] float64, sums of token losses of a batch."""
     rows, length = batch["labels"].shape
     repeated = {key: value.repeat(len(candidates), *[1] * (value.dim() - 1)) for key, value in batch.items()}
     with ExitStack() as hooks:
         for i, modules in enumerate(layers.modules):
-            gates = [1.0 if i in kept else beta for kept in candidates]
+            gates = [1.0 if i in kept else suppression for kept in candidates]
             if set(gates) != {1.0}:
                 by_row = torch.tensor(gates, device=model.device).repeat_interleave(rows)
                 hooks.enter_context(suppress(modules, by_row, length))
@@ -126,12 +130,12 @@ def estimated(
     model: nn.Module,
     layers: LayerMap,
     candidates: Sequence[Sequence[int]],
-    beta: float,
+    suppression: float,
     batches: Batches,
     loss: Loss = token_loss,
 ) -> Tensor:
-    """Candidate losses to first order: L + sum over the suppressed layers of (beta - 1) dL/dg_i. Not the paper's."""
+    """Losses to first order: L + sum over the suppressed layers of (suppression - 1) dL/dg_i. Not the paper's."""
     loss_sum, derivatives, tokens = gate_derivatives(model, layers, batches(), loss)
     outside = torch.tensor([[float(i not in kept) for i in range(layers.n_layers)] for kept in candidates])
-    losses = loss_sum + (beta - 1) * (outside.to(derivatives) @ derivatives)
+    losses = loss_sum + (suppression - 1) * (outside.to(derivatives) @ derivatives)
     return torch.stack([losses, tokens.expand_as(losses)], dim=1)

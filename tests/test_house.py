@@ -161,6 +161,11 @@ def answers(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())["answers"]
 
 
+def experiment(name: str) -> str:
+    folder = ROOT / "launch/experiments/results" / name
+    return experiment_table(folder) if folder.exists() else f"not run: `launch/evidence.sh DATA {name}`"
+
+
 TABLES = {
     "methods": lambda: method_table.as_table(answers("methods")),
     "families": lambda: families.as_table(answers("families")),
@@ -173,10 +178,8 @@ TABLES = {
         name: lambda name=name: agreement_table(json.loads((RESULTS / f"{name}.json").read_text()))
         for name in ("layers-arithmetic", "layers-wikitext-2")
     },
-    **{
-        name: lambda name=name: experiment_table(ROOT / "launch/experiments/results" / name)
-        for name in ("arithmetic", "wikitext-2")
-    },
+    **{name: lambda name=name: experiment(name) for name in ("arithmetic", "wikitext-2", "commonsense")},
+    "limits": method_table.limits_table,
 }
 
 

@@ -28,6 +28,7 @@ from ist.training.model import plan_layers
 from ist.training.record import read_run, require_writable
 from launch.experiments.design import Experiment
 from launch.experiments.results import (
+    SUMMARY,
     bytes_by_part,
     global_batch_size,
     measure_seconds,
@@ -127,6 +128,17 @@ def run_arms(runner: Runner, facts: dict[str, Any]) -> tuple[dict[str, Any], lis
     }, runs
 
 
+def require_all_arms(published: Path, experiment: Experiment) -> None:
+    """Raises UsageError if publishing would drop an arm that is published, before anything is run."""
+    if (published / SUMMARY).is_file():
+        lost = read_results(published)["arms"].keys() - experiment.arms.keys()
+        if lost:
+            raise UsageError(
+                f"--publish {published} has the arm {sorted(lost)[0]!r}, which this command does not run: run "
+                "all arms, or publish into another folder."
+            )
+
+
 def facts_of(args: ExperimentArguments, experiment: Experiment, files: dict[str, Path]) -> dict[str, Any]:
     """The facts that are the same for all arms."""
     return {
@@ -146,6 +158,8 @@ def facts_of(args: ExperimentArguments, experiment: Experiment, files: dict[str,
 def main(argv: Sequence[str]) -> int:
     args, _ = parse_arguments([ExperimentArguments], argv, __doc__.split("\n")[0])
     experiment = Experiment.read(args.experiment, args.arms)
+    if args.publish:
+        require_all_arms(Path(args.publish), experiment)
     folder = Path(args.output_dir)
     require_writable(folder)
     files = write_parts(args.train_file, args.test_file, experiment.split, folder / "data", experiment.answer_texts)

@@ -122,6 +122,12 @@ def test_a_whole_experiment(whole, tiny, tmp_path, few_processes):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()} == before
     assert read_results(folder / "results") == result
 
+    # What is published is not dropped.
+    reset_accelerate()
+    with pytest.raises(UsageError, match=r"has the arm 'IST', which this command does not run"):
+        run.main([*argv[: argv.index("--arms")], "--arms", "LoRA"])
+    assert (tmp_path / "published/ist-1.json").exists()
+
 
 def test_a_table_is_made_of_its_folder_alone(whole, tmp_path):
     _, folder, _ = whole

@@ -1,5 +1,9 @@
-"""The PEFT methods that are tested, and the table of their answers."""
+"""The PEFT methods that are tested, and the tables of ist/adapters/README.md.
 
+python tests/support/method_table.py    makes both tables again, of launch/results/methods.json and adapters/support.py
+"""
+
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +13,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from accelerate import Accelerator
 
+from ist.adapters.support import LIMITS
 from ist.report import tables as report
+from ist.training.command_line import markdown_table
 from support import reset_accelerate
 
 COLON = 28  # in the tokenizer of support.make_tiny
@@ -109,8 +115,21 @@ def as_table(answers: dict[str, dict[str, str]]) -> str:
     return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())])
 
 
+def limits_table() -> str:
+    """Markdown: the methods that lack something, and why (ist/adapters/support.py)."""
+    rows = [[kind.value, lack, reason] for kind, limits in LIMITS.items() for lack, reason in limits.items()]
+    return "\n".join(markdown_table(["method", "lacks", "because"], rows))
+
+
 def publish(name: str, table: str, readme: Path, **result) -> None:
     """launch/results/NAME.json, and its table in `readme`."""
     reset_accelerate()
     file, command = ROOT / f"launch/results/{name}.json", f"python tests/support/{name}.py"
     report.publish(file, command, Accelerator(cpu=True), table, readme, seed=42, **result)
+
+
+if __name__ == "__main__":
+    page = ROOT / "ist/adapters/README.md"
+    answers = json.loads((ROOT / "launch/results/methods.json").read_text())["answers"]
+    report.insert_table(page, "methods", as_table(answers))
+    report.insert_table(page, "limits", limits_table())
