@@ -3,9 +3,10 @@
 #
 #   tests/run.sh          everything on tiny models, about 10 minutes on two cores; fetches nothing but packages
 #   tests/run.sh --all    and the slow launches, with the demo's model (93 MB, fetched once)
+#   tests/run.sh tests/test_sampler.py -k counts    only these
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case ${1:-} in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 if [ "${1:-}" = --all ]; then
   shift
   launch/setup.sh --tests --model
@@ -14,6 +15,10 @@ else
   launch/setup.sh --tests
   select=(-m "not slow")
 fi
+paths=(tests) # unless arguments name some
+for argument in "$@"; do
+  if [ -e "${argument%%::*}" ]; then paths=(); fi
+done
 # Two workers of one thread: tiny models gain nothing from a second one.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-.venv/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"
+.venv/bin/python -m pytest "${paths[@]}" -n 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"

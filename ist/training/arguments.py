@@ -218,7 +218,7 @@ class Arguments(RunArguments, TrainArguments, SelectionArguments, AdapterArgumen
     """All keys of train_ist.py, each as its group has checked it."""
 
     def __post_init__(self) -> None:
-        """Of one group alone where it is inherited: all have been checked."""
+        """Nothing: each group has checked its own keys, and a check that is inherited would be that of one group."""
 
     @classmethod
     def joined(cls, groups: Sequence[Any]) -> "Arguments":
