@@ -61,7 +61,7 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=".",  # trackers ask for one now; RunRecord.start_trackers names the run's own
+        project_dir=".",  # trackers ask for one now; RunRecord.open names the run's own
     )
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours: it knows the tokens of the whole batch
     require_topology(accelerator, args.optim)
