@@ -31,6 +31,15 @@ def hf_cache(tmp_path_factory):
     datasets.disable_progress_bars()
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """Variables that a test, or a library in it (W&B names its run), sets are those of this test alone."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
     return arithmetic_rows(60, seed=1, held_out=False)
