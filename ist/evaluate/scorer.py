@@ -14,7 +14,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ from ist.training.command_line import UsageError, brief, require
 from ist.training.data import collate
 from ist.training.files import write_json
 from ist.training.record import require_writable
+from ist.training.weights import load_adapter, load_pretrained
 
 
 class Scorer:
@@ -166,11 +167,11 @@ def read_text(key: str, file: str) -> str:
 def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
-        if args.adapter:
-            model = PeftModel.from_pretrained(model, args.adapter)
     except Exception as error:
-        raise UsageError(f"{args.adapter or args.model_name_or_path} cannot be loaded: {brief(error)}") from error
+        raise UsageError(f"--model_name_or_path {args.model_name_or_path} has no tokenizer: {brief(error)}") from error
+    model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, dtype=args.dtype)
+    if args.adapter:
+        model = load_adapter(model, args.adapter)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if args.prompt_template == "chat" and not tokenizer.chat_template:

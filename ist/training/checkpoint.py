@@ -2,8 +2,8 @@
 
 A checkpoint holds the adapter (without one, the weights that train), the optimizer and a JSON state; never the frozen
 base. It is written under a temporary name and renamed, so a folder named step_* is whole at whatever moment the process
-died; `checkpoint.json`, written last, lists the sizes of the other files, so a folder that was cut short by a copy is
-not taken for whole either.
+died; `checkpoint.json`, written last, has a digest of every other file and of itself, so a folder that was cut short
+or changed is not taken for whole either.
 """
 
 import json
@@ -23,12 +23,12 @@ from ist.layers import adapter_state
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training.command_line import UsageError
 from ist.training.extensions import Extension
-from ist.training.files import discard, publish, sweep, write_json
+from ist.training.files import discard, file_digest, json_digest, publish, sweep, write_json
 from ist.training.job import Job
 from ist.tuner import SparseTuner
 
 STATE = "checkpoint.json"
-FORMAT = 1  # of the files and of checkpoint.json's keys; one without a format is of the first
+FORMAT = 2  # of the files and of checkpoint.json's keys; the first (which had no number at first) has no digests
 
 
 def step_name(step: int) -> str:
@@ -100,8 +100,10 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     save_file(adapter, temporary / "adapter.safetensors")
     save_file(tensors, temporary / "optimizer.safetensors")
-    sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-    write_json(temporary / STATE, {"format": FORMAT, "step": step, "files": sizes, "optimizer": numbers, **state})
+    digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
+    # As JSON has it, so that the digest is that of what will be read: a tuple is a list there.
+    whole = json.loads(json.dumps({"step": step, "files": digests, "optimizer": numbers, **state}, allow_nan=False))
+    write_json(temporary / STATE, {"format": FORMAT, "digest": json_digest(whole), **whole})
     publish(temporary, final)
     return final
 
@@ -119,43 +121,89 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
     return [int(path.name[5:]) for path in output_dir.glob("checkpoints/step_*") if path.name[5:].isdigit()]
 
 
-def read_state(path: Path) -> dict | None:
-    """The JSON state of a whole checkpoint; None when a file is missing, cut short or unreadable."""
+class _Damaged(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+_REQUIRED = {"step": int, "files": dict, "optimizer": dict, "configuration": dict, "scheduler": dict, "tuner": dict}
+
+
+def _read_state(path: Path) -> dict:
+    """The JSON state of a checkpoint that is whole, unchanged and finite.
+
+    Raises:
+        _Damaged: it is not.
+        UsageError: a later version wrote it.
+        OSError: a file is there and cannot be read, which is no fault of the checkpoint.
+    """
     try:
-        state = json.loads((path / STATE).read_text())
-        whole = all((path / name).stat().st_size == size for name, size in state["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return state if whole else None
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise _Damaged(f"it has no {STATE}") from None
+    except ValueError:
+        raise _Damaged(f"{STATE} is not JSON") from None
+    if not isinstance(state, dict):
+        raise _Damaged(f"{STATE} holds no object")
+    number = state.get("format", 1)
+    if type(number) is int and number > FORMAT:
+        raise UsageError(
+            f"--resume_from_checkpoint: {path} has format {number}, this version reads up to {FORMAT}. Resume with the "
+            "version that wrote it."
+        )
+    if type(number) is not int or number < 1:
+        raise _Damaged(f"it has format {number}, which no version wrote")
+    for key, kind in _REQUIRED.items():
+        if not isinstance(state.get(key), kind):
+            raise _Damaged(f"{STATE} has no {key}")
+    if path.name.startswith("step_") and path.name != step_name(state["step"]):
+        raise _Damaged(f"{STATE} is that of step {state['step']}")
+    if number == 1:
+        print(f"{path} was written without digests: a change of its files cannot be seen.")
+    elif state.get("digest") != json_digest({key: state[key] for key in state.keys() - {"format", "digest"}}):
+        raise _Damaged(f"{STATE} was changed: its digest is another")
+    _require_unchanged(path, state["files"], sized=number == 1)
+    return state
+
+
+def _require_unchanged(path: Path, files: dict, sized: bool) -> None:
+    """Raises _Damaged unless the files are as checkpoint.json lists them, by size or digest, and finite."""
+    for name in ("adapter.safetensors", "optimizer.safetensors"):
+        file = path / name
+        if name not in files or not file.is_file():
+            raise _Damaged(f"{name} is missing")
+        if files[name] != (file.stat().st_size if sized else file_digest(file)):
+            raise _Damaged(f"{name} was cut short or changed: its {'size' if sized else 'digest'} is another")
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise _Damaged(f"{name} is not a safetensors file ({error})") from None
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise _Damaged(f"{name} has a value of {key} that is not finite")
 
 
 def find_checkpoint(output_dir: Path, request: str | None) -> tuple[Path, dict] | None:
     """(path, state) of the checkpoint to resume from: None for none, and for auto where there is none yet.
 
     Raises:
-        UsageError: the path asked for is not a whole checkpoint, or it was written by a later version.
+        UsageError: the path asked for is not a whole checkpoint; a later version wrote it; a file cannot be read.
     """
-
-    def known(path: Path, state: dict) -> tuple[Path, dict]:
-        if (number := state.get("format", 1)) > FORMAT:
-            raise UsageError(
-                f"--resume_from_checkpoint: {path} has format {number}, this version reads up to {FORMAT}. Resume with "
-                "the version that wrote it."
-            )
-        return path, state
-
     if request in (None, "none"):
         return None
-    if request == "auto":
-        for step in sorted(checkpoint_steps(output_dir), reverse=True):
-            path = output_dir / "checkpoints" / step_name(step)
-            if (state := read_state(path)) is not None:
-                return known(path, state)
-            print(f"{path} is not whole; it is left out.")
-        return None
-    if (state := read_state(Path(request))) is None:
-        raise UsageError(f"--resume_from_checkpoint must be none, auto or a whole checkpoint folder; got {request}.")
-    return known(Path(request), state)
+    steps = sorted(checkpoint_steps(output_dir), reverse=True)
+    auto = request == "auto"
+    for path in [output_dir / "checkpoints" / step_name(step) for step in steps] if auto else [Path(request)]:
+        try:
+            return path, _read_state(path)
+        except _Damaged as error:
+            if not auto:
+                raise UsageError(
+                    f"--resume_from_checkpoint must be none, auto or a whole checkpoint folder; got {request}: {error}."
+                ) from None
+            print(f"{path} is not used: {error}.")
+        except OSError as error:
+            raise UsageError(f"--resume_from_checkpoint {request}: {path} cannot be read: {error.strerror}.") from error
+    return None
 
 
 def load_adapter(path: Path, adapter: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +214,7 @@ def load_adapter(path: Path, adapter: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     tensors = _load(path / "adapter.safetensors")
     for name, tensor in _once(adapter).items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
+        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (tensor.shape, tensor.dtype):
             raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: {name} differs.")
         with torch.no_grad():
             tensor.copy_(like(tensors[name], tensor))
@@ -324,7 +372,11 @@ class Checkpoints:
         """Put the adapter of the checkpoint of `step` in place."""
         PartialState().wait_for_everyone()  # until the main process has written it
         path = self.folder / step_name(step)
-        self.extensions.load(load_adapter(path, self.adapter()), read_state(path))
+        try:
+            state = _read_state(path)
+        except _Damaged as error:
+            raise UsageError(f"{path}, of the lowest validation loss, was damaged since: {error}.") from None
+        self.extensions.load(load_adapter(path, self.adapter()), state)
 
     def last(self) -> str:
         """Where a failed run can go on from."""

@@ -1,5 +1,6 @@
 """The files of a run: their names, and how each is written so that a crash leaves the old one or the new one."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -47,6 +48,17 @@ def keep_lines(path: Path, keep: Callable[[dict], bool]) -> None:
     write_lines(path, (line for line in read_lines(path) if keep(line)))
 
 
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """sha256 of a JSON-ready value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -54,8 +66,15 @@ def _sync(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place, its files on disk before its name; an older `final` makes room first."""
+    """Rename a finished folder into place, its files on disk before its name; an older `final` makes room first.
+
+    Its files get the mode that the umask gives (safetensors writes for the owner alone).
+    """
+    mode = os.umask(0)
+    os.umask(mode)
     for file in temporary.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mode)
         _sync(file)
     _sync(temporary)
     if final.exists():

@@ -16,7 +16,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, set_seed
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftConfig, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
@@ -42,6 +41,7 @@ from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, as_usage_error, brief
 from ist.training.data import Data
 from ist.training.peft_config import make_peft_config, require_served
+from ist.training.weights import load_pretrained
 
 
 def free_base_weights(model: nn.Module, args: Arguments) -> LayerMap:
@@ -289,16 +289,14 @@ def load_model(args: Arguments, peft_config: PeftConfig | None, device: torch.de
         quantization = _quantization(args)
         dtype = quantization.bnb_4bit_compute_dtype
         options = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
-    try:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        base = _auto_class(config).from_pretrained(
-            args.model_name_or_path,
-            **options,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        )
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {brief(error)}") from error
+    config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    base = load_pretrained(
+        _auto_class(config),
+        args.model_name_or_path,
+        **options,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
     if any(parameter.dtype == torch.float16 for parameter in base.parameters()):
         raise UsageError("the model has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
     set_seed(args.seed)

@@ -4,15 +4,17 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, read_lines
+from support import ROOT, read_lines, reseal
 from support.runs import adapter_of, assert_same_adapter, cut_after, without_times
 
 from ist.training.command_line import UsageError
@@ -54,7 +56,7 @@ def test_resume_without_a_part_of_the_state_is_another_run(train, tmp_path, lost
         save_file(moments, folder / "optimizer.safetensors")
     else:
         state["tuner"]["scores"] = [-50.0, 50.0, -50.0, -50.0]
-    (folder / "checkpoint.json").write_text(json.dumps(state))
+    reseal(folder, state)
     assert train(output_dir=cut, save_steps=10, resume_from_checkpoint="auto") == 0
     one, two = adapter_of(cut), adapter_of(whole)
     assert not all(torch.equal(one[name], two[name]) for name in one)
@@ -164,6 +166,82 @@ def test_a_checkpoint_cut_short_is_passed_over(train, tmp_path, capsys):
     assert json.loads((run / "run.json").read_text())["resumed_from"].endswith("step_000005")
 
 
+def _flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+
+
+def _not_finite(folder: Path) -> None:
+    tensors = load_file(folder / "optimizer.safetensors")
+    next(iter(tensors.values())).fill_(math.inf)
+    save_file(tensors, folder / "optimizer.safetensors")
+    reseal(folder, json.loads((folder / "checkpoint.json").read_text()))
+
+
+def _edit_state(folder: Path, **values) -> None:
+    state = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(state | values))
+
+
+DAMAGES = {
+    "a bit of the adapter": lambda folder: _flip_bit(folder / "adapter.safetensors"),
+    "a bit of the moments": lambda folder: _flip_bit(folder / "optimizer.safetensors"),
+    "another step's adapter": lambda folder: shutil.copy(folder.parent / "step_000005/adapter.safetensors", folder),
+    "no moments": lambda folder: save_file({}, folder / "optimizer.safetensors"),
+    "infinite moments": _not_finite,
+    "another step": lambda folder: _edit_state(folder, step=99),
+    "other tokens": lambda folder: _edit_state(folder, tokens=1),
+    "older format": lambda folder: _edit_state(folder, format=1),
+    "unknown format": lambda folder: _edit_state(folder, format="2"),
+    "no object": lambda folder: (folder / "checkpoint.json").write_text("[]"),
+    "not UTF-8": lambda folder: (folder / "checkpoint.json").write_bytes(b'{"step": "\xe8"}'),
+    "a file that is gone": lambda folder: (folder / "adapter.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_or_refused(train, tmp_path, capsys, damage):
+    options = {"save_steps": 5, "max_steps": 12, "lora_dropout": 0.1}
+    assert train(output_dir=tmp_path / "whole", **options) == 0
+    cut_after(10, tmp_path / "whole", tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step_000010"
+    DAMAGES[damage](newest)
+    with pytest.raises(UsageError, match=r"whole checkpoint folder; got .*step_000010: \w"):
+        train(**options, resume_from_checkpoint=newest)
+    capsys.readouterr()
+    assert train(**options, resume_from_checkpoint="auto") == 0
+    assert f"{newest} is not used: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/run.json").read_text())["resumed_from"].endswith("step_000005")
+    assert_same_adapter(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [{}, {"format": 1}])  # the first had none
+def test_a_checkpoint_without_digests_is_resumed_with_a_line(train, tmp_path, capsys, number):
+    options = {"save_steps": 5, "max_steps": 12}
+    assert train(output_dir=tmp_path / "whole", **options) == 0
+    cut_after(10, tmp_path / "whole", tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/step_000010"
+    state = json.loads((folder / "checkpoint.json").read_text())
+    sizes = {name: (folder / name).stat().st_size for name in state["files"]}
+    del state["digest"], state["format"]
+    (folder / "checkpoint.json").write_text(json.dumps(state | number | {"files": sizes}))
+    assert train(**options, resume_from_checkpoint="auto") == 0
+    assert f"{folder} was written without digests" in capsys.readouterr().out
+    assert_same_adapter(tmp_path / "run", tmp_path / "whole")
+
+
+def test_files_have_the_mode_of_the_umask(train, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert train(save_steps=2, max_steps=2) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) >= 8
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+
+
 def test_checkpoints_hold_no_pickles_and_are_small(train, tmp_path):
     assert train(save_steps=20, selection="all", lora_r=16) == 0
     folder = tmp_path / "run/checkpoints/step_000020"
@@ -233,15 +311,11 @@ def test_a_checkpoint_of_another_configuration_names_the_keys(train, tmp_path):
               per_device_train_batch_size=3)  # fmt: skip
 
 
-def test_a_checkpoint_of_a_later_format_is_refused_and_one_without_a_number_is_read(train, tmp_path):
+def test_a_checkpoint_of_a_later_format_is_refused(train, tmp_path):
     assert train(max_steps=4, save_steps=2) == 0
     checkpoint = tmp_path / "run/checkpoints/step_000002"
     state = json.loads((checkpoint / "checkpoint.json").read_text())
-    assert state.pop("format") == 1
-    (checkpoint / "checkpoint.json").write_text(json.dumps(state | {"format": 2}))
-    with pytest.raises(UsageError, match="has format 2, this version reads up to 1"):
+    assert state["format"] == 2
+    (checkpoint / "checkpoint.json").write_text(json.dumps(state | {"format": 3}))
+    with pytest.raises(UsageError, match="has format 3, this version reads up to 2"):
         train(max_steps=4, save_steps=2, output_dir=tmp_path / "new", resume_from_checkpoint=checkpoint)
-    (checkpoint / "checkpoint.json").write_text(json.dumps(state))
-    options = {"output_dir": tmp_path / "new", "resume_from_checkpoint": checkpoint}
-    assert train(max_steps=4, save_steps=2, **options) == 0
-    assert_same_adapter(tmp_path / "new", tmp_path / "run")

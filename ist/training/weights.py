@@ -1,0 +1,97 @@
+"""Pretrained weights and adapters, every key of their files accounted for: what is missing is never drawn at random."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from ist.layers import text_decoder
+from ist.training.command_line import UsageError, brief
+
+
+def _listing(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def require_finite(name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """
+    Raises:
+        UsageError: a tensor of floats holds NaN or an infinity; `name` is the key and the folder.
+    """
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not tensor.isfinite().all():
+            raise UsageError(f"{name}: {key} is not finite (NaN or infinity); take another file of these weights.")
+
+
+def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
+    """`auto_class.from_pretrained(path, **options)`, whose every weight comes from the files of `path`.
+
+    transformers draws a weight that no file holds at random, with a warning.
+
+    Raises:
+        UsageError: the files cannot be read; a weight of the model is in none of them, or has another shape; they hold
+            layers that the configuration does not have; a weight is not finite.
+    """
+    name = f"--model_name_or_path {path}"
+    try:
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each format raises its own errors, and all are about these files
+        raise UsageError(f"{name} cannot be loaded: {brief(error)}") from error
+    if missing := [*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])]:
+        raise UsageError(
+            f"{name} lacks {len(missing)} weights of its model ({_listing(missing)}), which would be random: complete "
+            "the files, or correct config.json."
+        )
+    unexpected = list(info["unexpected_keys"])
+    if beyond := [key for key in unexpected if _is_layer_beyond(model, key)]:
+        raise UsageError(
+            f"{name} has weights of layers that its config.json does not have ({_listing(beyond)}): correct "
+            "num_hidden_layers, or take these weights out of the files."
+        )
+    if unexpected:
+        print(
+            f"{name}: {len(unexpected)} weights of its files are not the model's, and not used: {_listing(unexpected)}"
+        )
+    require_finite(name, model.named_parameters())
+    return model
+
+
+def _is_layer_beyond(model: nn.Module, key: str) -> bool:
+    """Whether a weight is one of a decoder layer after the model's last one."""
+    decoder = text_decoder(model)
+    stacks = {name for name, module in decoder.named_children() if isinstance(module, nn.ModuleList)}
+    return any(
+        match[1] in stacks and int(match[2]) >= len(getattr(decoder, match[1]))
+        for match in re.finditer(r"(?:^|\.)(\w+)\.(\d+)\.", key)
+    )
+
+
+def load_adapter(model: nn.Module, folder: str) -> PeftModel:
+    """The adapter of `folder` on a base model.
+
+    Raises:
+        UsageError: it cannot be read or does not fit; its file lacks a tensor of the adapter, or holds others; a tensor
+            is not finite.
+    """
+    name = f"--adapter {folder}"
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+        there = load_peft_weights(folder, device="cpu")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each PEFT method raises its own errors, and all are about this folder
+        raise UsageError(f"{name} cannot be loaded: {brief(error)}") from error
+    wanted = get_peft_model_state_dict(adapted)
+    if missing := wanted.keys() - there.keys():
+        raise UsageError(f"{name} lacks {len(missing)} tensors of its adapter ({_listing(missing)}).")
+    if unknown := there.keys() - wanted.keys():
+        raise UsageError(f"{name} holds {len(unknown)} tensors that its adapter does not have ({_listing(unknown)}).")
+    require_finite(name, there.items())
+    return adapted
