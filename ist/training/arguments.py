@@ -286,6 +286,10 @@ def resolve_output_dir(args: Resolved, recipe: str | None) -> Resolved:
     """
     if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
         raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
+    named = None if args.output_dir else args.run_name  # with an output_dir it is the tracker's name alone
+    for key, value in (("--run_name", named), ("WANDB_RUN_ID", os.environ.get("WANDB_RUN_ID"))):
+        if value is not None and (value in ("", ".", "..") or set(value) & set("/\\\0\n")):
+            raise UsageError(f"{key} is a part of the run folder's name and must not hold a path; got {value!r}.")
     run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
     started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
     run_id = os.environ.get("WANDB_RUN_ID", started)

@@ -67,11 +67,22 @@ class _Parser(HfArgumentParser):
         raise UsageError(message.rstrip(".") + ". See --help.")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping with a key twice: YAML's loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key} is given twice: leave one out")
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_as_flags(path: str) -> list[str]:
     """The keys of a flat YAML file as command line flags, so that both go through the same type checks."""
     try:
         with open(path) as file:
-            values = yaml.safe_load(file) or {}
+            values = yaml.load(file, _UniqueKeys) or {}
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -80,6 +91,11 @@ def _yaml_as_flags(path: str) -> list[str]:
         raise UsageError(f"--config {path} must hold `key: value` lines; got a {type(values).__name__}.")
     flags = []
     for key, value in values.items():
+        if key == "config":
+            raise UsageError(f"--config {path}: a recipe cannot name another one; leave config out.")
+        for element in value if isinstance(value, list) else []:
+            if isinstance(element, (dict, list)) or str(element).startswith("-"):
+                raise UsageError(f"--config {path}: {key} must list plain values, without flags; got {element}.")
         if isinstance(value, dict):
             raise UsageError(f"--config {path}: {key} must be a single value or a list; got a mapping.")
         if isinstance(value, list):
@@ -123,6 +139,10 @@ def parse_arguments(
                 raise UsageError(
                     f"unknown key --{key}." + (f" Did you mean --{close[0]}?" if close else " See --help.")
                 )
+    for i, flag in enumerate(flags):
+        if flag == "" or (flag.startswith("--") and flag.endswith("=")):
+            key = next((f for f in reversed(flags[: i + 1]) if f.startswith("--")), "--").split("=")[0]
+            raise UsageError(f"{key} must not be empty; leave it out for its default.")
     if alone[0] in given and (others := [f"--{key}" for key in given if key in alone[1]]):
         raise UsageError(f"--{alone[0]} says it all: leave out {', '.join(others)}.")
     *parsed, _, rest = parser.parse_args_into_dataclasses(
@@ -133,8 +153,45 @@ def parse_arguments(
     return (*parsed, recipe)
 
 
+class _LossyStream:
+    """stdout or stderr whose reader may go away (`| head -1`, an ssh that drops, a full disk): that costs no run.
+
+    From the first text that cannot be written on, everything goes to the null device.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _tolerant(self, call: Callable, *args: Any) -> Any:
+        try:
+            return call(*args)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            return None
+
+    def write(self, text: str) -> int:
+        self._tolerant(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._tolerant(self._stream.flush)
+
+
+def _protect_streams() -> None:
+    for name in ("stdout", "stderr"):
+        # Python has None for a stream that was closed.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+        setattr(sys, name, _LossyStream(stream))
+
+
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Run a command and exit with its code; a UsageError becomes one line from rank 0 and exit code 2."""
+    _protect_streams()
     try:
         code = main(sys.argv[1:])
     except UsageError as error:

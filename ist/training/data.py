@@ -1,5 +1,7 @@
 """Rows in, token ids and labels out; and the one stream of global batches that depends on the seed alone."""
 
+import glob
+import hashlib
 import logging
 import math
 import sys
@@ -19,6 +21,7 @@ from ist.loss import IGNORE, count_predicted
 from ist.sampler import seeded_generator
 from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError, brief, require
+from ist.training.files import file_digest
 
 _INTRO = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
@@ -71,11 +74,14 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
         UsageError: a file is missing, empty or of another kind than its name says; no rows; columns other than
             {instruction, output, input (optional)} or {messages}.
     """
-    source = dataset_name or ", ".join(files)
+    source = dataset_name or ", ".join(map(str, files))
     for file in files:
         _require_readable(key, file)
     if len({KINDS[Path(file).suffix] for file in files}) > 1:
         raise UsageError(f"--{key} must not mix JSON and Parquet; got {source}.")
+    paths = [glob.escape(str(file)) for file in files]  # datasets takes a name with * or [ for a pattern
+    # Its cache knows a file by path and time; as the configuration's name the content counts.
+    digest = hashlib.sha256("".join(map(file_digest, map(Path, files))).encode()).hexdigest()[:32]
     logger = logging.getLogger("datasets")  # the error below says in one line what it logs
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -83,11 +89,15 @@ def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = No
         if dataset_name:
             rows = datasets.load_dataset(dataset_name, split="train")
         else:
-            rows = datasets.load_dataset(KINDS[Path(files[0]).suffix], data_files=list(files), split="train")
+            rows = datasets.load_dataset(KINDS[Path(files[0]).suffix], data_files=paths, name=digest, split="train")
     except Exception as error:  # datasets wraps whatever the readers raise; the innermost says what is wrong
         while error.__cause__ is not None:
             error = error.__cause__
         kind = "cannot be loaded" if dataset_name else f"is not valid {Path(files[0]).suffix[1:].upper()}"
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            kind = (
+                f"cannot be read, or its cache {datasets.config.HF_DATASETS_CACHE} written; HF_DATASETS_CACHE sets it"
+            )
         raise UsageError(f"--{key} {source} {kind} ({brief(error)}).") from error
     finally:
         logger.setLevel(level)

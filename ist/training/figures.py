@@ -52,7 +52,7 @@ def plot_importance(
     right.legend(loc="upper left", fontsize="small")
     for axis in (*(axes[name].xaxis for name in panels), right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a folder's name may hold a $
     figure.savefig(path, dpi=110)
 
 
@@ -78,6 +78,6 @@ def plot_importance_panels(path: Path, runs: dict[str, list[dict]]) -> None:
     axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axis, (title, updates) in zip(axes, runs.items(), strict=True):
         _plot_scores(axis, updates, colours)
-        axis.set_title(title)
+        axis.set_title(title, parse_math=False)
     figure.colorbar(colours, ax=axes, label="layer")
     figure.savefig(path, dpi=110)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,26 @@ def write_lines(path: Path, lines: Iterable[Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a .jsonl file; none when it is not there. A last line cut short by a crash is left out."""
+    """The objects of a .jsonl file, one a line; none when it is not there.
+
+    A last line that a crash cut short is left out; so is any other line that is no JSON object, with a message.
+    """
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    content = path.read_text(encoding="utf-8", errors="replace")
+    texts = content.split("\n")  # not splitlines: JSON may hold other line ends inside a string
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            break
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        elif number < len(texts):
+            print(f"{path}: line {number} is not a JSON object and is left out.", file=sys.stderr)
     return lines
 
 

@@ -204,7 +204,11 @@ class RunRecord:
         if self.main:
             write_json(self.output_dir / RUN, self.summary)
             if (self.output_dir / METRICS).exists():
-                draw_importance(self.output_dir)
+                try:
+                    draw_importance(self.output_dir)
+                except Exception as error:  # whatever matplotlib or the disk says: a picture costs no run
+                    again = f"python -m ist.report {self.output_dir} draws it again"
+                    print(f"{PICTURE} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
             if run := self._wandb_run():
                 if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
                     self._track(run.mark_preempting)
@@ -221,7 +225,8 @@ class RunRecord:
     def _wandb_run(self) -> Any:
         """W&B's run on the main process, where that is the tracker; else None."""
         trackers = self.accelerator.trackers if self.main else []
-        return next((tracker.run for tracker in trackers if tracker.name == "wandb"), None)
+        # A tracker whose start failed has no run.
+        return next((getattr(tracker, "run", None) for tracker in trackers if tracker.name == "wandb"), None)
 
     def _track(self, call: Callable, *args: Any, **kwargs: Any) -> None:
         """Call a tracker. If it fails, the run goes on with its files alone."""
