@@ -9,7 +9,9 @@ input, 3 stopped by a signal after saving (run again with --resume_from_checkpoi
 """
 
 import math
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ from ist.distributed import StopAgreement, require_launcher, require_topology
 from ist.selection import StepwiseUnmasking, make_rule
 from ist.training.arguments import Resolved, parse_training_arguments, resolve_batches, resolve_output_dir
 from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint
-from ist.training.command_line import UsageError, brief, command, run_command
+from ist.training.command_line import UsageError, brief, command, print_error, run_command
 from ist.training.data import Data, prepare_data
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
@@ -147,6 +149,12 @@ def run(job: Job, accelerator: Accelerator, record: RunRecord, observer: Observe
         return 1
     except BaseException as error:
         record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=brief(error))
+        if accelerator.num_processes > 1:
+            # The others may be waiting for this rank in a collective, and so would the end of the process group: say
+            # what happened, and leave, so that the launcher ends them.
+            print_error(error) if isinstance(error, UsageError) else traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(2 if isinstance(error, UsageError) else 1)
         raise
     finally:
         accelerator.end_training()

@@ -1,5 +1,6 @@
 """Everything that ranks must agree on. With one process each function is the identity, so there is one code path."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -44,6 +45,13 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
         ConfigError: naming the config to use instead.
     """
     kind = accelerator.distributed_type
+    sizes = vars(accelerator.parallelism_config) if accelerator.parallelism_config else {}
+    for name in ("cp_size", "tp_size", "sp_size", "dp_replicate_size"):
+        if (sizes.get(name) or 1) > 1:
+            raise ConfigError(
+                f"{name} {sizes[name]} of the launcher's parallelism is not supported: leave it out, and launch with "
+                "accelerate_configs/fsdp2.yaml or accelerate_configs/ddp.yaml."
+            )
     if kind == DistributedType.FSDP:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             raise ConfigError("fsdp_offload_params is not supported: set it to false, or use `load_in_4bit=true`.")
@@ -74,6 +82,50 @@ def require_sharded(model: torch.nn.Module) -> None:
         raise RuntimeError("FSDP is on, but not every parameter of the model is sharded")
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    """The tensor's own memory as uint8, where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def broadcast_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Give every rank the main process's tensors, in place; through `device` where they are not on it.
+
+    Replicas must begin equal, and a seed alone does not make them so: libraries and files may differ between nodes.
+    """
+    if not _active():
+        return
+    for tensor in {id(tensor): tensor.data for tensor in tensors if tensor.device.type != "meta"}.values():
+        here = _bytes(tensor).to(device)
+        dist.broadcast(here, 0)
+        tensor.copy_(here.view(tensor.dtype).view(tensor.shape))
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """The sum of all bits of replicated tensors, read as integers: another one for replicas that have parted.
+
+    Shards of a DTensor are no replicas, and left out.
+    """
+    total: Tensor | None = None
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            continue
+        flat = _bytes(tensor)
+        part = (flat.view(torch.int32) if flat.numel() % 4 == 0 else flat).sum(dtype=torch.int64)
+        total = part if total is None else total + part
+    return "none" if total is None else f"{total.item():x}"
+
+
+def is_first_to_say(text: str) -> bool:
+    """Whether no other rank has asked this of the same text: an error is printed once, by whichever rank has it.
+
+    Before there is a process group, it is the first process of each node.
+    """
+    if not _active():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    store = dist.distributed_c10d._get_default_store()
+    return store.add(f"ist/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+
+
 def reduce_sum(values: Tensor) -> Tensor:
     """The sum over ranks of a float64 tensor, on every rank, in one collective."""
     if _active():
@@ -95,7 +147,7 @@ def require_agreement(subject: str, digest: str) -> None:
     dist.all_gather_object(digests, digest)
     if len(set(digests)) > 1:
         listing = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(digests))
-        raise RuntimeError(f"ranks disagree on {subject} ({listing}). Stopped before anything was trained on it.")
+        raise RuntimeError(f"ranks disagree on {subject} ({listing}). Stopped before it was used.")
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -2,15 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from support import ROOT, read_lines
 
+from ist.config import ConfigError
+from ist.distributed import require_topology
 from ist.training.command_line import UsageError
 
 STEPS = 30
@@ -174,6 +180,36 @@ def test_a_rank_that_draws_differently_is_caught(tiny, train_file, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_ranks_begin_with_the_weights_of_rank_0(runs, tiny, train_file, tmp_path, name):
+    flags = flags_of(tiny, train_file, tmp_path / "run", 1, gradient_accumulation_steps=2)
+    result = launch(CONFIGS[name], flags, tmp_path, SPY_SEED="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert torch.equal(adapter_of(tmp_path / "run"), adapter_of(runs[name] / "run"))
+
+
+def test_replicas_that_part_are_not_saved(tiny, train_file, tmp_path):
+    result = launch("ddp.yaml", flags_of(tiny, train_file, tmp_path / "run", 2), tmp_path, SPY_PART="4")
+    assert result.returncode != 0
+    assert "ranks disagree on the weights after step 6 (rank 0: " in result.stderr
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000003"]
+
+
+def test_an_error_of_another_rank_is_printed_and_ends_the_launch(tiny, train_file, tmp_path):
+    start = time.monotonic()
+    result = launch("ddp.yaml", flags_of(tiny, train_file, tmp_path / "run", 2), tmp_path, SPY_FAIL="4")
+    assert result.returncode != 0
+    assert "MemoryError: rank 1 has no memory left" in result.stderr
+    assert time.monotonic() - start < 100  # not the time limit of a collective
+
+
+@pytest.mark.parametrize("key", ["cp_size", "tp_size", "dp_replicate_size"])
+def test_parallelism_of_the_launcher_is_refused(key):
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{key: 2}), distributed_type=DistributedType.NO)
+    with pytest.raises(ConfigError, match=f"{key} 2 of the launcher's parallelism is not supported"):
+        require_topology(accelerator, "adamw_torch")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_killed_rank_ends_the_others_and_resume_reaches_the_same_end(runs, device, tiny, train_file, tmp_path, name):
@@ -193,7 +229,7 @@ def test_bad_data_is_one_line_from_rank_0(tiny, tmp_path):
                                          eval_steps=None), tmp_path)  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("error: --train_file: row 0 has no answer") == 1
-    assert "[rank" not in result.stderr  # no rank died with a traceback of its own
+    assert not re.search(r"\[rank\d\]:", result.stderr)  # no rank died with a traceback of its own
 
 
 def test_fsdp_that_is_not_on_stops_the_run(tiny, train_file, tmp_path):

@@ -16,7 +16,8 @@ def turn_on_fsdp() -> None:
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # The state is shared: made once, kept from then on.
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.distributed_type != DistributedType.FSDP:
             plugin = FullyShardedDataParallelPlugin()
             if self._mixed_precision != "no":
                 plugin.set_mixed_precision(self._mixed_precision)

@@ -137,6 +137,11 @@ class TrainArguments:
                 "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
             )
         if self.torch_compile:
+            if torch.__version__ < (2, 13):
+                raise UsageError(
+                    f"--torch_compile true needs torch 2.13 or newer; {torch.__version__} compiles wrong gradients of "
+                    "layers that are trained by turns. Leave it out."
+                )
             backends = torch._dynamo.list_backends(exclude_tags=())
             known = self.torch_compile_backend in backends
             require(known, "torch_compile_backend", "one of " + ", ".join(backends), self.torch_compile_backend)

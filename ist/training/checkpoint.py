@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ist.distributed import full_tensor, like
+from ist.distributed import checksum, full_tensor, like, require_agreement
 from ist.layers import adapter_state
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training.command_line import UsageError
@@ -349,7 +349,12 @@ class Checkpoints:
         return progress
 
     def save(self, progress: Progress) -> None:
-        """After `progress.step` finished steps; the trained weights must be finite."""
+        """After `progress.step` finished steps; the trained weights must be finite.
+
+        Raises:
+            RuntimeError: replicas of them differ between ranks.
+        """
+        require_agreement(f"the weights after step {progress.step}", checksum(self.parameters.values()))
         self.extensions.before_save()
         seed = self.configuration["seed"]
         state = {

@@ -1,7 +1,7 @@
 """The one way all commands read their arguments: YAML first, flags override.
 
-Bad input is a `UsageError`: one line that names the key, the value and the remedy, printed by
-rank 0, exit code 2.
+Bad input is a `UsageError`: one line that names the key, the value and the remedy, printed
+once, exit code 2.
 """
 
 import difflib
@@ -19,6 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ist.config import ConfigError
+from ist.distributed import is_first_to_say
 
 
 class UsageError(Exception):
@@ -190,15 +191,21 @@ def _protect_streams() -> None:
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command and exit with its code; a UsageError becomes one line from rank 0 and exit code 2."""
+    """Run a command and exit with its code; a UsageError becomes one line and exit code 2."""
     _protect_streams()
     try:
         code = main(sys.argv[1:])
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         code = 2
     sys.exit(code)
+
+
+def print_error(error: UsageError) -> None:
+    """One line, once: ranks that have the same error leave it to the first of them."""
+    if is_first_to_say(str(error)):
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

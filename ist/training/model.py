@@ -33,7 +33,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from ist.adapters.targets import ATTENTION, default_target_modules
 from ist.config import ConfigError
-from ist.distributed import require_sharded
+from ist.distributed import broadcast_from_main, require_sharded
 from ist.layers import LayerMap, drop_input_grad_hooks, outside_decoder, text_decoder
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
@@ -371,10 +371,13 @@ def prepare(
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
+        broadcast_from_main((p for p in model.parameters() if p.requires_grad), accelerator.device)
         model, optimizer = accelerator.prepare(model, optimizer)
     else:  # in evaluation mode Accelerate leaves out DistributedDataParallel: GradientReducer stands in for it
         model = accelerator.prepare_model(model, evaluation_mode=True)
         optimizer = accelerator.prepare_optimizer(optimizer)
+        tensors = [*model.state_dict(keep_vars=True).values(), *model.buffers()]
+        broadcast_from_main((t for t in tensors if isinstance(t, torch.Tensor)), accelerator.device)
     peft_model = accelerator.unwrap_model(model)
     # Without Accelerate's own wrapper, which makes float32 of all logits: autocast stands around the forwards instead.
     if vars(peft_model).pop("_original_forward", None) is not None:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
@@ -59,7 +61,9 @@ def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
         print(
             f"{name}: {len(unexpected)} weights of its files are not the model's, and not used: {_listing(unexpected)}"
         )
-    require_finite(name, model.named_parameters())
+    if PartialState().is_local_main_process:  # FSDP may load on it alone; the others have the same files
+        # Weights packed in 4 bits are no numbers of the type that stores them.
+        require_finite(name, ((key, p) for key, p in model.named_parameters() if not isinstance(p, Params4bit)))
     return model
 
 

@@ -2,7 +2,8 @@
 
 Writes $SPY_DIR/rank<r>.json: the scores, whether every parameter is a DTensor, and the bytes that gradients travelled
 with, per optimizer step and collective. SPY_REBEL=<step>: rank 1 draws other layers from that step on.
-SPY_KILL=<step>: rank 1 dies by SIGKILL in the middle of that step.
+SPY_KILL=<step>: rank 1 dies by SIGKILL in the middle of that step. SPY_SEED: rank 1 initialises its adapter by another
+seed. SPY_PART=<step>: a weight of rank 1 differs from that step on. SPY_FAIL=<step>: rank 1 raises in that step.
 """
 
 import json
@@ -63,6 +64,10 @@ def watched(original):
         travelled.append(Counter())
         if rank == 1 and os.environ.get("SPY_KILL") == str(step):
             os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and os.environ.get("SPY_PART") == str(step):
+            next(p for p in self.model.parameters() if p.requires_grad).data.view(-1)[0] += 1e-6
+        if rank == 1 and os.environ.get("SPY_FAIL") == str(step):
+            raise MemoryError("rank 1 has no memory left")
         return update
 
     return begin_step
@@ -78,7 +83,15 @@ def rebellious(original):
     return trained
 
 
+def seeded(original):
+    return lambda seed, *args, **kwargs: original(seed + (rank == 1), *args, **kwargs)
+
+
 turn_on_fsdp()
+if "SPY_SEED" in os.environ:
+    import ist.training.model
+
+    patch(ist.training.model, "set_seed", seeded)
 for collective in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single"):
     if hasattr(dist, collective):
         patch(dist, collective, counted)
