@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support import read_lines
+from support import read_lines, reseal
 from support.unmasking import masks_of, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -84,6 +84,7 @@ def test_resume_is_exact_and_needs_the_moments(train, tmp_path):
             file = load_file(checkpoint / "optimizer.safetensors")
             changed = {key: torch.ones_like(t) if key.endswith(f"|{lost}") else t for key, t in file.items()}
             save_file(changed, checkpoint / "optimizer.safetensors")
+            reseal(checkpoint, json.loads((checkpoint / "checkpoint.json").read_text()))
         run = tmp_path / f"without-{lost}"
         assert train(output_dir=run, resume_from_checkpoint=checkpoint, **options) == 0
         assert [line["unmasked_scalars"] for line in read_lines(run / "metrics.jsonl")] == [

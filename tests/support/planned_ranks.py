@@ -23,7 +23,10 @@ ARMS = {
 
 
 def worker(topology: str, work: Path) -> None:
-    """On each rank all arms, planned and run; rank 0 writes {arm: [predicted, allocated]} bytes."""
+    """On each rank all arms, planned and run; rank 0 writes {arm: [predicted, allocated]} bytes.
+
+    Under FSDP2 the least of three runs: how much it holds at once, gathered and reduced, is a matter of timing.
+    """
     import train_ist
 
     seen = {}
@@ -36,20 +39,22 @@ def worker(topology: str, work: Path) -> None:
     plan.predict = lambda *args, **options: predictions.append(predict(*args, **options)) or predictions[-1]
     for name, arm in ARMS.items():
 
-        def train(name=name, **options) -> int:
+        def train(**options) -> int:
             reset_accelerate()
             values = {
                 **{"model_name_or_path": work / "model", "train_file": work / "rows.json", "report_to": "none"},
-                **{"output_dir": work / f"{topology}-{name.replace(', ', '-')}", "prompt_template": "none"},
+                **{"output_dir": work / topology, "prompt_template": "none"},
                 **{"max_length": 100, "max_steps": 8, "warmup_steps": 1, "lora_r": 4, **options},
             }
             return train_ist.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
 
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            assert train(plan=True, **arm) == 0
-            allocated = peak_of_a_run(train, monkeypatch, 4, **arm)
+        assert train(plan=True, **arm) == 0
+        peaks = []
+        for turn in range(3 if topology == "fsdp2" else 1):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                peaks.append(peak_of_a_run(train, monkeypatch, 4, **arm, output_dir=work / f"{name}-{turn}"))
         if os.environ["RANK"] == "0":
-            seen[name] = [predictions[-1].step.peak, allocated]
+            seen[name] = [predictions[-1].step.peak, min(peaks)]
             (work / f"{topology}.json").write_text(json.dumps(seen))
 
 
