@@ -13,8 +13,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from ist.training.command_line import quiet_known_warnings
 
@@ -22,18 +25,21 @@ quiet_known_warnings()
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from ist.distributed import StopAgreement, require_launcher, require_topology
-from ist.selection import StepwiseUnmasking, make_rule
-from ist.training.arguments import Resolved, parse_training_arguments, resolve_batches, resolve_output_dir
-from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint
+from ist.config import ISTConfig
+from ist.distributed import StopAgreement, from_main, in_turns, reduce_in_float32, require_launcher, require_topology
+from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
+from ist.training.arguments import parse_training_arguments, resolve_batches, resolve_output_dir
+from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint, last_checkpoint
 from ist.training.command_line import UsageError, brief, command, print_error, run_command
-from ist.training.data import Data, prepare_data
+from ist.training.data import prepare_data
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
+from ist.training.files import WriteError
+from ist.training.folder import held_folder
 from ist.training.job import Job
-from ist.training.model import make_scheduler, plan_layers, prepare, require_fitting
+from ist.training.model import ModelPlan, make_scheduler, plan_layers, prepare, require_fitting
 from ist.training.monitor import Monitor
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
@@ -64,9 +70,11 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
         mixed_precision="bf16" if args.bf16 else "no",
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=".",  # trackers ask for one now; RunRecord.open names the run's own
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours: it knows the tokens of the whole batch
     require_topology(accelerator, args.optim)
+    reduce_in_float32(accelerator)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and args.torch_compile:
         raise UsageError(
@@ -76,18 +84,26 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     # Layers, from the model's configuration; then the run folder: this run's own, or free.
     planned = plan_layers(args, sharded)
     rule = make_rule(planned.layers.n_layers, config)
-    args = resolve_output_dir(planned.args, recipe)
-    output_dir = Path(args.output_dir)
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    planned = planned._replace(args=resolve_output_dir(planned.args, recipe))
+    with nullcontext() if args.plan else held_folder(Path(planned.args.output_dir)):
+        return start(planned, config, rule, accelerator, observer or Observer())
+
+
+def start(
+    planned: ModelPlan, config: ISTConfig, rule: SelectionRule, accelerator: Accelerator, observer: Observer
+) -> int:
+    """Look into the run folder, read the data, and run what is to be run."""
+    output_dir, resume = Path(planned.args.output_dir), planned.args.resume_from_checkpoint
+    checkpoint = find_checkpoint(output_dir, resume)
     resumed_batch_size = checkpoint[1]["configuration"]["global_batch_size"] if checkpoint else None
-    args = resolve_batches(args, config, accelerator.num_processes, resumed_batch_size)
+    args = resolve_batches(planned.args, config, accelerator.num_processes, resumed_batch_size)
     configuration = asdict(args)
-    if not args.plan and is_finished_run(output_dir, configuration, resume=args.resume_from_checkpoint != "none"):
+    if not args.plan and from_main(lambda: is_finished_run(output_dir, configuration, resume != "none"), UsageError):
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
         return 0
 
     # Data, before any weight is loaded.
-    data = load_data(args, accelerator)
+    data = in_turns(lambda: prepare_data(args))
     require_fitting(data, planned.config, planned.vocabulary)
     max_steps = args.max_steps
     if max_steps == -1:
@@ -104,58 +120,44 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
         configuration["adapter"] = as_json(peft_config)
     if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
-
-    # From here on the run has a record, whatever becomes of it; no rank may still be looking whether there is one.
-    require_writable(output_dir)
-    accelerator.wait_for_everyone()
-    record = RunRecord(
-        output_dir,
-        accelerator,
-        configuration,
+    if checkpoint and checkpoint[1]["step"] > max_steps:
+        steps = f"step {checkpoint[1]['step']}, past the run's {max_steps}"
+        raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of {steps}. Choose an earlier one.")
+    from_main(lambda: require_writable(output_dir), UsageError)
+    facts = {
         **environment(accelerator),
         **{"steps": checkpoint[1]["step"] if checkpoint else 0, "max_steps": max_steps},
         **{"layers": planned.layers.names, "layer_counts": rule.counts._asdict()},
         **{"dropped_rows": data.dropped, "resumed_from": str(checkpoint[0]) if checkpoint else None},
-        trained_counts=checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * planned.layers.n_layers,
-    )
+        "trained_counts": checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * planned.layers.n_layers,
+    }
     job = Job(args, config, data, peft_config, max_steps, checkpoint, configuration)
-    return run(job, accelerator, record, observer or Observer())
+    return run(job, accelerator, facts, observer)
 
 
-def load_data(args: Resolved, accelerator: Accelerator) -> Data:
-    """
-    Raises:
-        UsageError: on all ranks; one that left by itself would leave the others at a barrier.
-    """
-    data = None
-    with accelerator.main_process_first():
-        try:
-            data = prepare_data(args)
-        except UsageError as error:
-            unusable = error
-    if data is None:
-        raise unusable
-    return data
-
-
-def run(job: Job, accelerator: Accelerator, record: RunRecord, observer: Observer) -> int:
-    """Train, and close the record, however it ends."""
-    stop = StopRequest()
+def run(job: Job, accelerator: Accelerator, facts: dict[str, Any], observer: Observer) -> int:
+    """Train, and close the record, however it ends: from here on the run has one."""
+    stop, record = StopRequest(), None
     try:
+        record = RunRecord(job.output_dir, accelerator, job.configuration, **facts)
         return train(job, accelerator, record, stop, observer)
     except FloatingPointError as error:
         record.close("failed", error=str(error), diverged=True)
         accelerator.print(f"error: {error}", file=sys.stderr)
         return 1
     except BaseException as error:
-        record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=brief(error))
+        if record:
+            record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=brief(error))
+        if isinstance(error, WriteError):
+            error = WriteError(f"{error}; {last_checkpoint(job.output_dir)}. Resume when it can be written again.")
+        told = isinstance(error, (UsageError, WriteError))
         if accelerator.num_processes > 1:
             # The others may be waiting for this rank in a collective, and so would the end of the process group: say
             # what happened, and leave, so that the launcher ends them.
-            print_error(error) if isinstance(error, UsageError) else traceback.print_exc()
+            print_error(error) if told else traceback.print_exc()
             sys.stdout.flush()
             os._exit(2 if isinstance(error, UsageError) else 1)
-        raise
+        raise error
     finally:
         accelerator.end_training()
         stop.restore()  # last: a second signal must not interrupt the last writes
@@ -190,7 +192,7 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
     monitor.begin(progress, semantic)
 
     # ---- The loop.
-    stop_agreed, clock = StopAgreement(), StepClock()
+    stop_agreed, clock = StopAgreement(timedelta(seconds=args.ddp_timeout)), StepClock()
     while progress.step < max_steps and not stop_agreed(stop.signal is not None):
         clock.start()
         step = progress.step

@@ -1,8 +1,13 @@
 """Everything that ranks must agree on. With one process each function is the identity, so there is one code path."""
 
 import hashlib
+import itertools
+import json
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -76,6 +81,18 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
         )
 
 
+def reduce_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 sum gradients over ranks in float32: Accelerate takes the type of mixed precision for it.
+
+    Of 512 ranks, a sum in bfloat16 has an error of 2 to 7 %.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        policy = plugin.mixed_precision_policy
+        if policy is not None:
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+
+
 def require_sharded(model: torch.nn.Module) -> None:
     """Raises RuntimeError unless every parameter is a DTensor: FSDP in name only would train another model."""
     if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -122,8 +139,67 @@ def is_first_to_say(text: str) -> bool:
     """
     if not _active():
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    store = dist.distributed_c10d._get_default_store()
-    return store.add(f"ist/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+    return _store().add(f"ist/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+_FOREVER = timedelta(days=365)  # a launcher ends the ranks that wait for one that has failed
+_numbers = itertools.count()  # of the calls below: the same on every rank, which makes them alike
+
+
+def from_main(work: Callable[[], Any], error: type[Exception]) -> Any:
+    """What `work` returns to the main process, which alone calls it, on every rank; JSON-ready.
+
+    The others wait at the process group's store. In a collective, its time limit would count the main process's work.
+
+    Raises:
+        error: on every rank, where `work` has raised it or a ConfigError.
+    """
+    if not _active():
+        return work()
+    store, key = _store(), f"ist/{next(_numbers)}"
+    if dist.get_rank() > 0:
+        store.wait([key], _FOREVER)
+        told = json.loads(store.get(key))
+        if "error" in told:
+            raise error(told["error"])
+        return told["value"]
+    try:
+        value = work()
+    except (error, ConfigError) as failure:
+        store.set(key, json.dumps({"error": str(failure)}))
+        raise
+    store.set(key, json.dumps({"value": value}))
+    return value
+
+
+def in_turns(work: Callable[[], Any]) -> Any:
+    """`work` by the main process, then by the first process of each node, then by all others; returned when all have.
+
+    What the first has written to a cache, the others read: also where nodes share none. They wait at the store, as
+    in `from_main`. A rank whose `work` raises does not keep the others waiting.
+    """
+    if not _active():
+        return work()
+    store, key = _store(), f"ist/{next(_numbers)}"
+    node = os.environ.get("GROUP_RANK", socket.gethostname())
+    is_main, is_first = dist.get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_main:
+        store.wait([f"{key}/main" if is_first else f"{key}/node/{node}"], _FOREVER)
+    try:
+        value = work()
+    finally:
+        if is_main:
+            store.set(f"{key}/main", "done")
+        if is_main or is_first:
+            store.set(f"{key}/node/{node}", "done")
+        if store.add(f"{key}/count", 1) == dist.get_world_size():
+            store.set(f"{key}/all", "done")
+    store.wait([f"{key}/all"], _FOREVER)
+    return value
 
 
 def reduce_sum(values: Tensor) -> Tensor:
@@ -163,10 +239,13 @@ class StopAgreement:
     """Whether a flag was set on any rank at the call before: the same answer on every rank, without waiting for it.
 
     The flag travels while the step is computed, between CPUs, so that no GPU has to finish its work for it.
+
+    Args:
+        timeout: how long a rank waits for the others; None: torch's own.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if _active() else None
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if _active() else None
         self._flag: Tensor | None = None
         self._work: dist.Work | None = None
 

@@ -203,6 +203,24 @@ def test_an_error_of_another_rank_is_printed_and_ends_the_launch(tiny, train_fil
     assert time.monotonic() - start < 100  # not the time limit of a collective
 
 
+def test_long_tokenising_meets_no_time_limit_and_rank_0_alone_looks_for_a_checkpoint(tiny, train_file, tmp_path):
+    flags = flags_of(tiny, train_file, tmp_path / "run", 2, ddp_timeout=8, max_steps=3, resume_from_checkpoint="auto")
+    result = launch("ddp.yaml", flags, tmp_path, SPY_SLOW="16")
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"data{rank}.json").read_text()) for rank in (0, 1))
+    assert second[0] >= first[1] - 0.1  # after rank 0, which has made the cache
+    assert [path.name for path in tmp_path.glob("looked*")] == ["looked0"]
+
+
+def test_fsdp_reduces_gradients_in_float32(device, tiny, train_file, tmp_path):
+    options = {"bf16": True, "max_steps": 2, "validation_size": None, "eval_steps": None}
+    result = launch(CONFIGS["fsdp"], flags_of(tiny, train_file, tmp_path / "run", 2, **options), tmp_path, (), device)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in spied(tmp_path):
+        assert rank["all_dtensors"]
+        assert {name.split()[-1] for name in rank["dtypes"] if "reduce_scatter" in name} == {"torch.float32"}
+
+
 @pytest.mark.parametrize("key", ["cp_size", "tp_size", "dp_replicate_size"])
 def test_parallelism_of_the_launcher_is_refused(key):
     accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{key: 2}), distributed_type=DistributedType.NO)

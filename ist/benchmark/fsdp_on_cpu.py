@@ -16,12 +16,13 @@ def turn_on_fsdp() -> None:
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        # The state is shared: made once, kept from then on.
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.distributed_type != DistributedType.FSDP:
-            plugin = FullyShardedDataParallelPlugin()
-            if self._mixed_precision != "no":
-                plugin.set_mixed_precision(self._mixed_precision)
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            # The state is shared, and Accelerate sets the type anew with each instance: the plugin is made once.
+            if self._shared_state.get("fsdp_plugin") is None:
+                self.fsdp_plugin = FullyShardedDataParallelPlugin()
+                if self._mixed_precision != "no":
+                    self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 

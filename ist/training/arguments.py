@@ -161,7 +161,7 @@ class RunArguments:
     # A resumed run may change these: they say where and how it reports and saves, and leave its computation alone.
     free_keys = (
         *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
-        *("report_to", "run_name", "log_adapter"),
+        *("report_to", "run_name", "log_adapter", "ddp_timeout"),
     )
 
     output_dir: str | None = option(
@@ -176,6 +176,7 @@ class RunArguments:
     report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "Tracker; the files are always written.")
     run_name: str | None = option(None, "Default: the recipe's name.")
     log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
+    ddp_timeout: int = option(1800, "Seconds that a process waits for the others in a collective, before it fails.")
     plan: bool = option(False, "Predict the peak memory of each device, say whether it fits, and stop.")
 
     def __post_init__(self) -> None:
@@ -184,6 +185,7 @@ class RunArguments:
         for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
+        require(1 <= self.ddp_timeout <= 10**9, "ddp_timeout", "from 1 to 10^9 seconds", self.ddp_timeout)
 
 
 def _selection_arguments() -> type:

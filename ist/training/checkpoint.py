@@ -7,7 +7,7 @@ or changed is not taken for whole either.
 """
 
 import json
-import shutil
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ist.distributed import checksum, full_tensor, like, require_agreement
+from ist.distributed import checksum, from_main, full_tensor, like, require_agreement
 from ist.layers import adapter_state
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training.command_line import UsageError
 from ist.training.extensions import Extension
-from ist.training.files import discard, file_digest, json_digest, publish, sweep, write_json
+from ist.training.files import discard, file_digest, json_digest, publishing, read_text, sweep, write_json, writing
 from ist.training.job import Job
 from ist.tuner import SparseTuner
 
@@ -96,29 +96,35 @@ def save_checkpoint(
     if not write:
         return final
     temporary = output_dir / f".saving-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(adapter, temporary / "adapter.safetensors")
-    save_file(tensors, temporary / "optimizer.safetensors")
-    digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
-    # As JSON has it, so that the digest is that of what will be read: a tuple is a list there.
-    whole = json.loads(json.dumps({"step": step, "files": digests, "optimizer": numbers, **state}, allow_nan=False))
-    write_json(temporary / STATE, {"format": FORMAT, "digest": json_digest(whole), **whole})
-    publish(temporary, final)
+    with publishing(temporary, final):
+        save_file(adapter, temporary / "adapter.safetensors")
+        save_file(tensors, temporary / "optimizer.safetensors")
+        digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
+        # As JSON has it, so that the digest is that of what will be read: a tuple is a list there.
+        whole = json.loads(json.dumps({"step": step, "files": digests, "optimizer": numbers, **state}, allow_nan=False))
+        write_json(temporary / STATE, {"format": FORMAT, "digest": json_digest(whole), **whole})
     return final
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> None:
     """Keep the newest `limit` checkpoints (None: all), and the one of step `best`."""
     steps = sorted(checkpoint_steps(output_dir))
-    for step in steps[: max(0, len(steps) - limit)] if limit else []:
-        if step != best:
-            discard(output_dir / "checkpoints" / step_name(step), output_dir)
+    with writing(output_dir / "checkpoints"):
+        for step in steps[: max(0, len(steps) - limit)] if limit else []:
+            if step != best:
+                discard(output_dir / "checkpoints" / step_name(step), output_dir)
 
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
     """Steps of the checkpoint folders under `output_dir`, whole or not, in no order."""
-    return [int(path.name[5:]) for path in output_dir.glob("checkpoints/step_*") if path.name[5:].isdigit()]
+    found = [re.fullmatch(r"step_([0-9]{6,})", path.name) for path in output_dir.glob("checkpoints/step_*")]
+    return [int(name[1]) for name in found if name and name[0] == step_name(int(name[1]))]
+
+
+def last_checkpoint(output_dir: Path) -> str:
+    """Where a failed run can go on from, for its last line."""
+    steps = checkpoint_steps(output_dir)
+    return f"last good checkpoint: {output_dir / 'checkpoints' / step_name(max(steps)) if steps else 'none'}"
 
 
 class _Damaged(Exception):
@@ -137,10 +143,10 @@ def _read_state(path: Path) -> dict:
         OSError: a file is there and cannot be read, which is no fault of the checkpoint.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        state = json.loads(read_text(path / STATE))
+    except FileNotFoundError:
         raise _Damaged(f"it has no {STATE}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _Damaged(f"{STATE} is not JSON") from None
     if not isinstance(state, dict):
         raise _Damaged(f"{STATE} holds no object")
@@ -155,6 +161,8 @@ def _read_state(path: Path) -> dict:
     for key, kind in _REQUIRED.items():
         if not isinstance(state.get(key), kind):
             raise _Damaged(f"{STATE} has no {key}")
+    if state.get("data", {"next_global_batch": state["step"]}) != {"next_global_batch": state["step"]}:
+        raise _Damaged(f"{STATE} goes on at the batch of another step")
     if path.name.startswith("step_") and path.name != step_name(state["step"]):
         raise _Damaged(f"{STATE} is that of step {state['step']}")
     if number == 1:
@@ -185,16 +193,23 @@ def _require_unchanged(path: Path, files: dict, sized: bool) -> None:
 def find_checkpoint(output_dir: Path, request: str | None) -> tuple[Path, dict] | None:
     """(path, state) of the checkpoint to resume from: None for none, and for auto where there is none yet.
 
+    All ranks call it; the main process looks and tells, so that all go on from the same one.
+
     Raises:
         UsageError: the path asked for is not a whole checkpoint; a later version wrote it; a file cannot be read.
     """
     if request in (None, "none"):
         return None
+    found = from_main(lambda: _find_checkpoint(output_dir, request), UsageError)
+    return (Path(found[0]), found[1]) if found else None
+
+
+def _find_checkpoint(output_dir: Path, request: str) -> tuple[str, dict] | None:
     steps = sorted(checkpoint_steps(output_dir), reverse=True)
     auto = request == "auto"
     for path in [output_dir / "checkpoints" / step_name(step) for step in steps] if auto else [Path(request)]:
         try:
-            return path, _read_state(path)
+            return str(path), _read_state(path)
         except _Damaged as error:
             if not auto:
                 raise UsageError(
@@ -222,18 +237,32 @@ def load_adapter(path: Path, adapter: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_optimizer(
-    path: Path, numbers: dict, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+    path: Path, state: dict, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> None:
-    """Give each parameter the optimizer state that it had; `numbers` is the checkpoint's state["optimizer"]."""
-    states: dict[str, dict] = {name: dict(values) for name, values in numbers.items()}
+    """Give each parameter the optimizer state that it had.
+
+    Args:
+        state: of the checkpoint; its keys optimizer (plain numbers by parameter name) and step are read.
+
+    Raises:
+        UsageError: the file is damaged, or its names are not those of the parameters.
+    """
+    states: dict[str, dict] = {name: dict(values) for name, values in state["optimizer"].items()}
     packed = isinstance(optimizer, PackedAdamW)
+    unfit = UsageError(f"--resume_from_checkpoint {path} does not fit the model: its optimizer is of other parameters.")
     for key, tensor in _load(path / "optimizer.safetensors").items():
         name, _, entry = key.rpartition("|")
+        if name not in parameters:
+            raise unfit
         sharded = not packed and entry != "step" and tensor.shape == parameters[name].shape
         states.setdefault(name, {})[entry] = like(tensor, parameters[name]) if sharded else tensor
+    moments = {"exp_avg", "exp_avg_sq", "step", *(["indices"] if packed else [])}
+    torchs = packed or isinstance(optimizer, torch.optim.AdamW)
+    if (state["step"] and not states) or (torchs and any(not moments <= own.keys() for own in states.values())):
+        raise UsageError(f"--resume_from_checkpoint {path} cannot be used: moments of its optimizer are missing.")
     if packed:
-        for name, state in states.items():
-            optimizer.load_whole_state(parameters[name], state)
+        for name, own in states.items():
+            optimizer.load_whole_state(parameters[name], own)
         return
     names = {parameter: name for name, parameter in parameters.items()}
     whole = optimizer.state_dict()
@@ -330,7 +359,7 @@ class Checkpoints:
         if checkpoint:
             path, state = checkpoint
             self.extensions.load(load_adapter(path, self.adapter()), state)
-            load_optimizer(path, state["optimizer"], self.optimizer, self.parameters)
+            load_optimizer(path, state, self.optimizer, self.parameters)
             self.scheduler.load_state_dict(state["scheduler"])
             for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
                 group["lr"] = learning_rate
@@ -342,9 +371,10 @@ class Checkpoints:
                     print(f"The best checkpoint so far, of step {best['step']}, is gone; looking for a new best.")
                 progress.best = None
         if self.write:
-            sweep(self.output_dir)
-            for later in (step for step in checkpoint_steps(self.output_dir) if step > progress.step):
-                discard(self.folder / step_name(later), self.output_dir)
+            with writing(self.output_dir):
+                sweep(self.output_dir)
+                for later in (step for step in checkpoint_steps(self.output_dir) if step > progress.step):
+                    discard(self.folder / step_name(later), self.output_dir)
         self.saved = progress.step
         return progress
 
@@ -385,5 +415,4 @@ class Checkpoints:
 
     def last(self) -> str:
         """Where a failed run can go on from."""
-        steps = checkpoint_steps(self.output_dir)
-        return f"last good checkpoint: {self.folder / step_name(max(steps)) if steps else 'none'}"
+        return last_checkpoint(self.output_dir)

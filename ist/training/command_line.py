@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from ist.config import ConfigError
 from ist.distributed import is_first_to_say
+from ist.training.files import WriteError
 
 
 class UsageError(Exception):
@@ -191,17 +192,17 @@ def _protect_streams() -> None:
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command and exit with its code; a UsageError becomes one line and exit code 2."""
+    """Run a command and exit with its code: a UsageError becomes one line and code 2, a WriteError one and code 1."""
     _protect_streams()
     try:
         code = main(sys.argv[1:])
-    except UsageError as error:
+    except (UsageError, WriteError) as error:
         print_error(error)
-        code = 2
+        code = 2 if isinstance(error, UsageError) else 1
     sys.exit(code)
 
 
-def print_error(error: UsageError) -> None:
+def print_error(error: Exception) -> None:
     """One line, once: ranks that have the same error leave it to the first of them."""
     if is_first_to_say(str(error)):
         rank = os.environ.get("RANK", "0")

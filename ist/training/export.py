@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ist.config import LayerCounts
 from ist.training.checkpoint import gathered
-from ist.training.files import publish
+from ist.training.files import publishing
 from ist.training.job import Job
 
 MODEL_CARD = """---
@@ -42,13 +42,13 @@ def save_adapter(job: Job, model: PeftModel, adapter: dict[str, Tensor], counts:
     whole = gathered(adapter, write)
     if not write:
         return final
-    model.save_pretrained(temporary, state_dict=whole)
     method = model.peft_config["default"].peft_type.value
     ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
     loading = ADAPTER_LOADING.format(registration=ours, base=args.model_name_or_path, folder=final)
     data = ModelCardData(base_model=args.model_name_or_path, library_name="peft", tags=["ist", method])
-    _write_card(temporary, job, counts, data, f"A {method} adapter for", loading)
-    publish(temporary, final)
+    with publishing(temporary, final):
+        model.save_pretrained(temporary, state_dict=whole)
+        _write_card(temporary, job, counts, data, f"A {method} adapter for", loading)
     return final
 
 
@@ -63,18 +63,18 @@ def save_model(job: Job, model: PreTrainedModel, counts: LayerCounts, write: boo
         return final
     wide = {id(tensor): tensor.float() if tensor.is_floating_point() else tensor for tensor in whole.values()}
     whole = {name: wide[id(tensor)] for name, tensor in whole.items()}
-    model.save_pretrained(temporary, state_dict=whole)
-    config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
-    config.dtype = torch.float32
-    config.save_pretrained(temporary)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    tokenizer.save_pretrained(temporary)
     # FSDP2 makes a class of its own of each that it shards, FSDP<Name>, derived from it.
     name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
     loading = MODEL_LOADING.format(name=name, folder=final)
     data = ModelCardData(base_model=args.model_name_or_path, library_name="transformers", tags=["ist"])
-    _write_card(temporary, job, counts, data, "Fine-tuned from", loading)
-    publish(temporary, final)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    with publishing(temporary, final):
+        model.save_pretrained(temporary, state_dict=whole)
+        config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
+        config.dtype = torch.float32
+        config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _write_card(temporary, job, counts, data, "Fine-tuned from", loading)
     return final
 
 

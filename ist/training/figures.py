@@ -10,6 +10,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ist.training.files import replacing
+
 
 def heat_map(scores: list[list[float]]) -> np.ndarray:
     """uint8 [H, W, 3]: layers upwards, updates to the right (at most 256 of them), colour = sigmoid of the score."""
@@ -17,6 +19,11 @@ def heat_map(scores: list[list[float]]) -> np.ndarray:
     probabilities = 1 / (1 + np.exp(-np.array(scores)[columns].T[::-1]))
     rgb = matplotlib.colormaps["viridis"](probabilities)[..., :3]
     return (255 * rgb).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format=path.suffix[1:])
 
 
 def _plot_semantic(axis: Axes, semantic: dict) -> None:
@@ -53,7 +60,7 @@ def plot_importance(
     for axis in (*(axes[name].xaxis for name in panels), right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, parse_math=False)  # a folder's name may hold a $
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _plot_scores(left: Axes, updates: list[dict], colours: ScalarMappable) -> None:
@@ -80,4 +87,4 @@ def plot_importance_panels(path: Path, runs: dict[str, list[dict]]) -> None:
         _plot_scores(axis, updates, colours)
         axis.set_title(title, parse_math=False)
     figure.colorbar(colours, ax=axes, label="layer")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)

@@ -3,23 +3,96 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ist.config import ConfigError
+
 METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
+RESERVE = ".reserve"  # there while a run goes on
+
+
+class ReadError(ConfigError):
+    """A file that a run has left cannot be read."""
+
+
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        ReadError: it is no file (a pipe would wait for a writer), or cannot be read.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ReadError(f"{path} cannot be read: it is not a file. Remove it.")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ReadError(f"{path} cannot be read: {error.strerror}. Repair or remove it.") from error
+
+
+class WriteError(Exception):
+    """A file cannot be written: no space, a quota, a folder that is gone or read-only, a disk that fails."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`.
+
+    Raises:
+        WriteError: the system refused; safetensors and tokenizers say so by exceptions of their own.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or "(os error " in str(error):
+            told = re.search(r"([^:]+) \(os error [0-9]+\)", str(error))
+            reason = getattr(error, "strerror", None) or (told[1].strip() if told else " ".join(str(error).split()))
+            raise WriteError(f"{path} cannot be written: {reason}") from error
+        raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write; then it takes the name `path`. A reader finds the old file or the new one, whole.
+
+    Raises:
+        WriteError: it cannot be written; nothing is left of it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: Any) -> None:
+    """A line more in a .jsonl file, whole or not at all."""
+    with writing(path), open(path, "ab") as file:
+        end = file.tell()
+        try:
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -35,11 +108,15 @@ def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file, one a line; none when it is not there.
 
     A last line that a crash cut short is left out; so is any other line that is no JSON object, with a message.
+
+    Raises:
+        ReadError: it is no file, or cannot be read.
     """
-    if not path.exists():
+    try:
+        content = read_text(path)
+    except FileNotFoundError:
         return []
     lines = []
-    content = path.read_text(encoding="utf-8", errors="replace")
     texts = content.split("\n")  # not splitlines: JSON may hold other line ends inside a string
     for number, text in enumerate(texts, 1):
         if not text.strip():
@@ -73,15 +150,34 @@ def json_digest(value: Any) -> str:
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place, its files on disk before its name; an older `final` makes room first.
+@contextmanager
+def publishing(temporary: Path, final: Path) -> Iterator[None]:
+    """Around what fills the folder `temporary`; then it takes the name `final`, where an older one makes room.
 
-    Its files get the mode that the umask gives (safetensors writes for the owner alone).
+    Its files are on disk before its name, and get the mode that the umask gives (safetensors writes for the owner
+    alone).
+
+    Raises:
+        WriteError: it cannot be written; nothing is left of it.
     """
+    with writing(final):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()  # not its parents: a run folder that is gone is a fault
+            yield
+            _publish(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _publish(temporary: Path, final: Path) -> None:
     mode = os.umask(0)
     os.umask(mode)
     for file in temporary.iterdir():
@@ -105,7 +201,7 @@ def discard(folder: Path, output_dir: Path) -> None:
 
 
 def sweep(output_dir: Path) -> None:
-    """Remove temporary folders of a process that died while saving or discarding."""
+    """Remove what is left over of a process that died while saving or discarding."""
     for pattern in (".saving-*", ".discarded-*"):
-        for folder in output_dir.glob(pattern):
-            shutil.rmtree(folder)
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,6 +1,5 @@
 """The record of a run: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same numbers for trackers."""
 
-import fcntl
 import json
 import os
 import platform
@@ -24,17 +23,43 @@ from ist.training.arguments import ARGUMENTS
 from ist.training.checkpoint import checkpoint_steps
 from ist.training.command_line import UsageError, brief
 from ist.training.figures import heat_map, plot_importance
-from ist.training.files import IMPORTANCE, METRICS, PICTURE, RUN, keep_lines, read_lines, write_json
+from ist.training.files import (
+    IMPORTANCE,
+    METRICS,
+    PICTURE,
+    RESERVE,
+    RUN,
+    WriteError,
+    append_line,
+    keep_lines,
+    read_lines,
+    read_text,
+    replacing,
+    write_json,
+)
 from ist.training.trackers import importance_values, tracked_values
+
+RESERVE_BYTES = 1 << 16
 
 
 def read_run(output_dir: Path) -> dict | None:
-    """run.json of a run, or None where there is none."""
+    """run.json of a run, or None where there is none.
+
+    Raises:
+        UsageError: it is no JSON, or not that of a run.
+    """
     path = output_dir / RUN
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        run = json.loads(read_text(path))
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         raise UsageError(f"{path} cannot be read ({error}); repair or remove it.") from error
+    kinds = {"status": str, "start": str, "configuration": dict}
+    for key, kind in kinds.items():
+        if not isinstance(run, dict) or not isinstance(run.get(key), kind):
+            raise UsageError(f"{path} is not that of a run: it has no {key}. Repair or remove it.")
+    return run
 
 
 def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
@@ -110,12 +135,23 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
         raise UsageError(f"--output_dir {output_dir} holds results but no {RUN}. Choose another folder.")
     if differing := differing_keys(run["configuration"], configuration):
         raise UsageError(f"--output_dir {output_dir} holds another run's results: {differing}. Choose another folder.")
-    if run["status"] != "finished" and not resume:
+    result = output_dir / ("model" if configuration["peft_method"] == "none" else "adapter")
+    whole = any(result.glob("*.safetensors"))
+    if (run["status"] != "finished" or not whole) and not resume:
+        state = run["status"] if run["status"] != "finished" else f"without its {result.name}/"
         raise UsageError(
-            f"--output_dir {output_dir} holds a run that is {run['status']}, not finished: go on with it by "
+            f"--output_dir {output_dir} holds a run that is {state}, not finished: go on with it by "
             "--resume_from_checkpoint auto, or choose another folder."
         )
-    return run["status"] == "finished"
+    return run["status"] == "finished" and whole
+
+
+def _is_metrics(line: dict) -> bool:
+    return type(line.get("step")) is int and ("loss" in line or "validation_loss" in line)
+
+
+def _is_importance(line: dict) -> bool:
+    return type(line.get("step")) is int and isinstance(line.get("scores"), list)
 
 
 class RunRecord:
@@ -139,7 +175,9 @@ class RunRecord:
         self._lost = bool(earlier.get("wandb_run_id")) and not earlier.get("wandb_complete")
         self._scores: list[list[float]] = []
         if self.main:
-            self._lock = _lock(output_dir)
+            # Room for the last word of a run whose disk has become full.
+            with replacing(output_dir / RESERVE) as file:
+                file.write_bytes(os.urandom(RESERVE_BYTES))
             write_json(output_dir / RUN, self.summary)
 
     def open(self, step: int, run_name: str) -> None:
@@ -184,8 +222,8 @@ class RunRecord:
             return
         # The importance update of step t comes before it: a checkpoint after t steps does not hold it yet.
         for name, keeps in (
-            (METRICS, lambda line: line["step"] <= step),
-            (IMPORTANCE, lambda line: line["step"] < step),
+            (METRICS, lambda line: _is_metrics(line) and line["step"] <= step),
+            (IMPORTANCE, lambda line: _is_importance(line) and line["step"] < step),
         ):
             keep_lines(self.output_dir / name, lambda line, keeps=keeps: step > 0 and keeps(line))
         self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
@@ -199,23 +237,36 @@ class RunRecord:
 
         W&B puts a run of a sweep that is marked as preempting back into the sweep's queue. SIGUSR1 and SIGUSR2 are a
         cluster's; SIGTERM is how W&B itself ends a run of a sweep early, and Ctrl-C is a user's.
+
+        Raises:
+            WriteError: the run is finished, and run.json cannot say so.
         """
         self.summary.update(status=status, end=_now(), **facts)
-        if self.main:
+        if not self.main:
+            return
+        (self.output_dir / RESERVE).unlink(missing_ok=True)
+        self._write_summary(must=status == "finished")
+        if (self.output_dir / METRICS).exists():
+            try:
+                draw_importance(self.output_dir)
+            except Exception as error:  # whatever matplotlib or the disk says: a picture costs no run
+                again = f"python -m ist.report {self.output_dir} draws it again"
+                print(f"{PICTURE} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
+        if run := self._wandb_run():
+            if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
+                self._track(run.mark_preempting)
+            self._track(run.finish, exit_code={"finished": 0, "interrupted": 3}.get(status, 1))
+            self.summary["wandb_complete"] = bool(self.accelerator.trackers)
+            self._write_summary(must=False)
+
+    def _write_summary(self, must: bool) -> None:
+        """run.json as it is now. Where it is no `must`, an error is printed: it must not hide the one that led here."""
+        try:
             write_json(self.output_dir / RUN, self.summary)
-            if (self.output_dir / METRICS).exists():
-                try:
-                    draw_importance(self.output_dir)
-                except Exception as error:  # whatever matplotlib or the disk says: a picture costs no run
-                    again = f"python -m ist.report {self.output_dir} draws it again"
-                    print(f"{PICTURE} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
-            if run := self._wandb_run():
-                if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
-                    self._track(run.mark_preempting)
-                self._track(run.finish, exit_code={"finished": 0, "interrupted": 3}.get(status, 1))
-                self.summary["wandb_complete"] = bool(self.accelerator.trackers)
-                write_json(self.output_dir / RUN, self.summary)
-            os.close(self._lock)
+        except WriteError as error:
+            if must:
+                raise
+            print(f"{error}.", file=sys.stderr)
 
     def artifact(self, folder: Path) -> None:
         """Give a folder (adapter/ or model/) to W&B."""
@@ -269,24 +320,7 @@ class RunRecord:
 
     def _append(self, name: str, line: dict) -> None:
         if self.main:
-            with open(self.output_dir / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def _lock(folder: Path) -> int:
-    """Take the folder for this process until it ends: a launcher that was killed may have left the last one running.
-
-    Raises:
-        UsageError: another process has it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(f"--output_dir {folder} is being written by another process that is still running.") from error
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
+            append_line(self.output_dir / name, line)
 
 
 def _now() -> str:

@@ -4,6 +4,7 @@ Writes $SPY_DIR/rank<r>.json: the scores, whether every parameter is a DTensor, 
 with, per optimizer step and collective. SPY_REBEL=<step>: rank 1 draws other layers from that step on.
 SPY_KILL=<step>: rank 1 dies by SIGKILL in the middle of that step. SPY_SEED: rank 1 initialises its adapter by another
 seed. SPY_PART=<step>: a weight of rank 1 differs from that step on. SPY_FAIL=<step>: rank 1 raises in that step.
+SPY_SLOW=<seconds>: rank 0 needs so long for its data.
 """
 
 import json
@@ -11,7 +12,9 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,7 @@ from ist.tuner import SparseTuner
 rank = int(os.environ.get("RANK", "0"))
 tuners: list[SparseTuner] = []
 travelled: list[Counter] = []
+dtypes: set[str] = set()
 
 
 def patch(owner, name, wrapper):
@@ -42,6 +46,7 @@ def counted(original):
         sent = max(tensors, key=torch.Tensor.numel)  # of a reduce-scatter, the input
         if travelled and sent.dtype in (torch.float32, torch.bfloat16) and sent.numel() > 1:
             travelled[-1][original.__name__] += sent.numel() * sent.element_size()
+            dtypes.add(f"{original.__name__} {sent.dtype}")
         return original(*args, **kwargs)
 
     return call
@@ -87,7 +92,34 @@ def seeded(original):
     return lambda seed, *args, **kwargs: original(seed + (rank == 1), *args, **kwargs)
 
 
+def slow(original):
+    """prepare_data, on rank 0 slower than a collective may take; each rank writes when it began and ended."""
+
+    def prepare_data(args):
+        start = time.time()
+        time.sleep(float(os.environ["SPY_SLOW"]) if rank == 0 else 0)
+        data = original(args)
+        Path(os.environ["SPY_DIR"], f"data{rank}.json").write_text(json.dumps([start, time.time()]))
+        return data
+
+    return prepare_data
+
+
+def told(original):
+    def find(*args):
+        Path(os.environ["SPY_DIR"], f"looked{rank}").touch()
+        return original(*args)
+
+    return find
+
+
 turn_on_fsdp()
+if "SPY_SLOW" in os.environ:
+    import ist.training.checkpoint
+    import ist.training.data
+
+    patch(ist.training.data, "prepare_data", slow)
+    patch(ist.training.checkpoint, "_find_checkpoint", told)
 if "SPY_SEED" in os.environ:
     import ist.training.model
 
@@ -108,6 +140,7 @@ finally:
             "all_dtensors": tuners[0].all_dtensors,
             "linear_4bit": tuners[0].linear_4bit,
             "travelled": travelled,
+            "dtypes": sorted(dtypes),
         }
         with open(f"{os.environ['SPY_DIR']}/rank{rank}.json", "w") as file:
             json.dump(seen, file)

@@ -111,6 +111,7 @@ KILLED_WHILE_SAVING = """
 import os, sys
 sys.path.insert(0, {root!r})
 import ist.training.checkpoint as checkpoint
+import ist.training.files as files
 import train_ist
 real, calls = getattr({module}, {function!r}), []
 def deadly(*args, **kwargs):
@@ -129,7 +130,7 @@ train_ist.main(sys.argv[1:])
     [
         ("checkpoint", "save_file", 1, True),
         ("checkpoint", "write_json", 0, False),
-        ("checkpoint", "publish", 0, False),
+        ("files", "_publish", 0, False),
         ("os", "rename", 0, False),
     ],
 )
