@@ -27,12 +27,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from ist.config import ISTConfig
+from ist.config import ConfigError, ISTConfig
 from ist.distributed import StopAgreement, from_main, in_turns, reduce_in_float32, require_launcher, require_topology
 from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
 from ist.training.arguments import parse_training_arguments, resolve_batches, resolve_output_dir
 from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint, last_checkpoint
-from ist.training.command_line import UsageError, brief, command, print_error, run_command
+from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
 from ist.training.data import prepare_data
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
@@ -148,7 +148,9 @@ def run(job: Job, accelerator: Accelerator, facts: dict[str, Any], observer: Obs
     except BaseException as error:
         if record:
             record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=brief(error))
-        if isinstance(error, WriteError):
+        if isinstance(error, ConfigError):
+            error = as_usage_error(error)
+        elif isinstance(error, WriteError):
             error = WriteError(f"{error}; {last_checkpoint(job.output_dir)}. Resume when it can be written again.")
         told = isinstance(error, (UsageError, WriteError))
         if accelerator.num_processes > 1:

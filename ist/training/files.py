@@ -185,7 +185,7 @@ def _publish(temporary: Path, final: Path) -> None:
             file.chmod(0o666 & ~mode)
         _sync(file)
     _sync(temporary)
-    if final.exists():
+    if final.exists() or final.is_symlink():
         discard(final, temporary.parent)
     final.parent.mkdir(parents=True, exist_ok=True)
     os.rename(temporary, final)
@@ -194,6 +194,9 @@ def _publish(temporary: Path, final: Path) -> None:
 
 def discard(folder: Path, output_dir: Path) -> None:
     """Remove a folder so that it is gone under its own name at once, not file by file."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+        return
     trash = output_dir / f".discarded-{folder.name}"
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)

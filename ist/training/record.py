@@ -250,8 +250,9 @@ class RunRecord:
             try:
                 draw_importance(self.output_dir)
             except Exception as error:  # whatever matplotlib or the disk says: a picture costs no run
-                again = f"python -m ist.report {self.output_dir} draws it again"
-                print(f"{PICTURE} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
+                if status != "failed":  # a failed run says why it failed, and no more
+                    again = f"python -m ist.report {self.output_dir} draws it again"
+                    print(f"{PICTURE} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
         if run := self._wandb_run():
             if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
                 self._track(run.mark_preempting)

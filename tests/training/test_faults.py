@@ -3,23 +3,13 @@
 import pytest
 from support import damage, kills
 
-# Kinds of which the suite has found cases that neither refuse nor reach the undisturbed end.
-OPEN = {
-    *("folder is a file", "folder is a dangling link", "folder renamed", "FIFO in place of a file"),
-    *("JSON: strange text", "one more among the checkpoints", "left over by a dead process"),
-    *("finished without an adapter", "run.json: key dropped", "run.json: another type", "run.json: strange text"),
-    *("run.json: replaced", "run.json: bytes", "record: a bad line", "record: a strange line", "record: replaced"),
-    *(kind for kind in damage.KINDS if kind.startswith("resealed") and "not finite" not in kind),
-}
-
 
 @pytest.mark.parametrize(
     ("topology", "times"),
     [("one", 12), pytest.param("ddp", 4, marks=pytest.mark.slow), pytest.param("fsdp2", 4, marks=pytest.mark.slow)],
 )
 def test_a_damaged_run_refuses_or_reaches_the_undisturbed_end(topology, times, tmp_path):
-    kinds = [kind for kind in damage.KINDS if kind not in OPEN]
-    results = list(damage.launch(topology, tmp_path, times, kinds=kinds))
+    results = list(damage.launch(topology, tmp_path, times))
     assert [result["number"] for result in results] == list(range(times))
     assert not [result for result in results if "fault" in result]
     assert {result["outcome"] for result in results} <= {"refused", "fell back, equal", "equal"}
