@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ist.distributed import checksum, from_main, full_tensor, like, require_agreement
 from ist.layers import adapter_state
 from ist.selection.packed_adamw import PackedAdamW
-from ist.training.command_line import UsageError
+from ist.training.command_line import UsageError, brief
 from ist.training.extensions import Extension
 from ist.training.files import discard, file_digest, json_digest, publishing, read_text, sweep, write_json, writing
 from ist.training.job import Job
@@ -258,8 +258,12 @@ def load_optimizer(
         states.setdefault(name, {})[entry] = like(tensor, parameters[name]) if sharded else tensor
     moments = {"exp_avg", "exp_avg_sq", "step", *(["indices"] if packed else [])}
     torchs = packed or isinstance(optimizer, torch.optim.AdamW)
-    if (state["step"] and not states) or (torchs and any(not moments <= own.keys() for own in states.values())):
+    missing = torchs and any(not moments <= own.keys() for own in states.values())
+    if (state["step"] and not states) or missing:
         raise UsageError(f"--resume_from_checkpoint {path} cannot be used: moments of its optimizer are missing.")
+    for name, own in states.items() if torchs else ():
+        if {own["exp_avg"].dtype, own["exp_avg_sq"].dtype} != {parameters[name].dtype}:
+            raise UsageError(f"--resume_from_checkpoint {path} cannot be used: {name} has moments of another dtype.")
     if packed:
         for name, own in states.items():
             optimizer.load_whole_state(parameters[name], own)
@@ -360,10 +364,14 @@ class Checkpoints:
             path, state = checkpoint
             self.extensions.load(load_adapter(path, self.adapter()), state)
             load_optimizer(path, state, self.optimizer, self.parameters)
-            self.scheduler.load_state_dict(state["scheduler"])
-            for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                group["lr"] = learning_rate
-            self.tuner.load_state_dict(state["tuner"])
+            try:
+                self.scheduler.load_state_dict(state["scheduler"])
+                for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                    group["lr"] = float(learning_rate)
+                self.tuner.load_state_dict(state["tuner"])
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # of an edited state
+                reason = f"{STATE} is not that of such a run ({brief(error)})"
+                raise UsageError(f"--resume_from_checkpoint {path} cannot be used: {reason}.") from error
             progress = Progress(**{key.name: state.get(key.name) for key in fields(Progress)})
             best = progress.best
             if best and not (self.folder / step_name(best["step"])).exists():
