@@ -7,7 +7,6 @@ Leaves O/ablations.jsonl, a line per evaluation, O/analysis.json and O/layers.pn
 drawn as lines). A stopped run goes on from its files.
 """
 
-import hashlib
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -21,18 +20,21 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ist.adapters.support import RESPONSE, limit
 from ist.analyze.ablation import DIRECTIONS, AblationLoss, Ablations, Tokens, ablate_greedily, mean_loss
 from ist.analyze.results import ADAPTER, BASE, agreement_table, compare_all, draw, summary
+from ist.distributed import from_main
 from ist.evaluate.scorer import (
     ScorerArguments,
     adapter_digest,
     claim_folder,
     deciding,
+    digests_of,
     files_digest,
     load_scorer,
+    load_tokenizer,
     read_text,
     require_base,
     start,
@@ -42,7 +44,7 @@ from ist.loss import count_predicted
 from ist.report.tables import publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
 from ist.training.data import Data, collate, encode_rows, load_rows
-from ist.training.files import IMPORTANCE, keep_lines, read_lines
+from ist.training.files import IMPORTANCE, keep_lines, model_digest, read_lines
 from ist.training.model import require_fitting
 
 
@@ -125,13 +127,6 @@ def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, devi
     return Tokens(batches, sum(map(count_predicted, rows["labels"])))
 
 
-def load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise UsageError(f"--{key} {folder} has no tokenizer: {brief(error)}") from error
-
-
 def read_lines_argument(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, AnalyzeArguments]:
     """The models that are measured whole, by the names of their lines, as arguments of `load_scorer`.
 
@@ -180,12 +175,8 @@ def require_layers(folder: str) -> None:
 
 
 def digest(args: AnalyzeArguments) -> str | None:
-    """Digest of an adapter, or of a model on disk."""
-    if args.adapter:
-        return adapter_digest(args.adapter)
-    files = [(path.name, path.stat()) for path in sorted(Path(args.model_name_or_path).glob("*.safetensors"))]
-    weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]  # too large to be read for this
-    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16] if weights else None
+    """Digest of an adapter, or of a model, by content."""
+    return adapter_digest(args.adapter) if args.adapter else model_digest(args.model_name_or_path)
 
 
 def measure_lines(
@@ -199,18 +190,22 @@ def measure_lines(
 
     Rank 0 measures those that `file` does not have.
     """
+    found_now = from_main(lambda: {name: digest(one) for name, one in models.items()}, UsageError)
     wanted = {
-        name: {"name": name, "folder": one.adapter or one.model_name_or_path, "digest": digest(one)}
+        name: {"name": name, "folder": one.adapter or one.model_name_or_path, "digest": found_now[name]}
         for name, one in models.items()
     }
 
     def known() -> dict[str, dict]:
-        lines = {line["name"]: line for line in read_lines(file)}
+        lines = {line["name"]: line for line in read_lines(file) if "name" in line and "loss" in line}
         return {name: lines[name] for name, keys in wanted.items() if keys.items() <= lines.get(name, {}).items()}
 
     if state.is_main_process:
         keep_lines(file, lambda line: True)
+        earlier = {line.get("name") for line in read_lines(file)}
         for name in [name for name in wanted if name not in known()]:
+            if name in earlier:
+                print(f"{name}: other weights than those measured before; its loss is measured again.", flush=True)
             if name == ADAPTER:
                 found = {"loss": ablation().full, "layers": ablation().layers.names}
             else:
@@ -259,7 +254,7 @@ def main(argv: Sequence[str]) -> int:
     scores = {path: read_importance(path) for path in args.importance}
     tokens = load_tokens(args, tokenizer, state.device)
     output_dir = Path(args.output_dir)
-    digests = {"adapter_digest": adapter_digest(args.adapter)}
+    digests = digests_of(args)
     digests["data_digest"] = files_digest([Path(args.text_file or args.rows_file)])
     claim_folder(output_dir, deciding(args) | digests, state)
     # Loaded when the first evaluation needs it: a finished analysis needs none.

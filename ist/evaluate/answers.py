@@ -1,5 +1,6 @@
 """The answers of the paper's tasks, as LLM-Adapters' scripts read them from a model's output."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,10 @@ def answers_of(rows: Dataset, file: str) -> Answers:
     if all(re.fullmatch("[A-E]", answer) for answer in gold):
         return Answers("letter", extract_letter, gold, tuple("ABCDE"))
     try:
-        return Answers("number", extract_number, [float(answer.replace(",", "")) for answer in gold])
+        numbers = [float(answer.replace(",", "")) for answer in gold]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
+        return Answers("number", extract_number, numbers)
     except ValueError:
         listed = "; ".join("/".join(labels) for labels in LABELS)
         seen = ", ".join(sorted(set(gold))[:4])

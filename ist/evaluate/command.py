@@ -22,18 +22,20 @@ from ist.evaluate.answers import Answers, answers_of, choices, task_name
 from ist.evaluate.scorer import (
     Scorer,
     ScorerArguments,
-    adapter_digest,
     claim_folder,
     deciding,
+    digests_of,
     load_scorer,
+    load_tokenizer,
     progress,
     read_text,
+    shards,
     start,
 )
 from ist.report.statistics import wilson
 from ist.training.command_line import UsageError, command, parse_arguments, require
 from ist.training.data import load_rows, make_prompt
-from ist.training.files import read_lines, write_json, write_lines
+from ist.training.files import json_digest, read_lines, write_json, write_lines
 
 
 @dataclass
@@ -71,10 +73,24 @@ class Task(NamedTuple):
     name: str
     rows: Dataset
     answers: Answers
+    prompts: list[str]  # as the model gets them
+
+    def digest(self) -> str:
+        """sha256 of all that an answer and its mark depend on, but for the model and the arguments."""
+        listed = self.rows["choices"] if self.answers.kind == "text" else None
+        return json_digest(
+            [self.prompts, self.answers.kind, self.answers.gold, self.answers.labels, listed and [*listed]]
+        )
 
 
 def load_tasks(args: EvaluateArguments) -> list[Task]:
-    tasks = []
+    """
+    Raises:
+        UsageError: a file or a row that cannot be used.
+    """
+    tasks, tokenizer = [], None
+    if args.test_file and args.prompt_template == "chat":
+        tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path, "chat")
     for file in args.test_file:
         rows = load_rows("test_file", [file])
         if args.max_rows:
@@ -82,13 +98,19 @@ def load_tasks(args: EvaluateArguments) -> list[Task]:
         answers = answers_of(rows, file)
         if args.scoring == "likelihood" and answers.kind == "number":
             raise UsageError(f"--scoring likelihood needs choices; the answers of {file} are numbers.")
-        tasks.append(Task(task_name(file), rows, answers))
+        prompts = []
+        for i, row in enumerate(rows):
+            try:
+                prompts.append(make_prompt(row, args.prompt_template, tokenizer))
+            except UsageError as error:
+                raise UsageError(f"--test_file {file}: row {i} {error}.") from error
+        tasks.append(Task(task_name(file), rows, answers, prompts))
     return tasks
 
 
 def gather(output_dir: Path, task: str) -> dict[int, dict]:
     """Scored rows by number, from the shards that ranks wrote, of this run and of those before."""
-    return {line["row"]: line for file in sorted(output_dir.glob(f".{task}.*.jsonl")) for line in read_lines(file)}
+    return {line["row"]: line for file in shards(output_dir, task) for line in read_lines(file) if "row" in line}
 
 
 def evaluate_task(
@@ -111,20 +133,21 @@ def evaluate_task(
             if lines.keys() != set(range(rows)):
                 raise RuntimeError(f"{name}: {len(lines)} of {rows} rows were scored")
             write_lines(final, (lines[i] for i in range(rows)))
-            for shard in output_dir.glob(f".{name}.*.jsonl"):
+            for shard in shards(output_dir, name):
                 shard.unlink()
         state.wait_for_everyone()
-    right = [line["right"] for line in read_lines(final)]
-    if len(right) != rows:
-        raise UsageError(f"--output_dir: {final} has {len(right)} rows, the test file {rows}. Choose another folder.")
+    right = [line.get("right") for line in read_lines(final)]
+    if len(right) != rows or not all(isinstance(one, bool) for one in right):
+        raise UsageError(
+            f"--output_dir: {final} does not hold {rows} whole answers. Remove it, or choose another folder."
+        )
     interval = list(wilson(sum(right), rows))
     return {"rows": rows, "right": sum(right), "accuracy": sum(right) / rows, "interval": interval}
 
 
 def _score(task: Task, scorer: Scorer, mine: list[int], args: EvaluateArguments, state: PartialState) -> None:
     """Write a line for each row of `mine` to a shard of this process's own."""
-    answers = task.answers
-    prompts = {i: make_prompt(task.rows[i], args.prompt_template, scorer.tokenizer) for i in mine}
+    answers, prompts = task.answers, task.prompts
     mine = sorted(mine, key=lambda i: len(prompts[i]), reverse=True)  # the batch that needs most memory comes first
     batches = [mine[start : start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
     state.print(f"{task.name}: {len(task.rows)} rows")
@@ -175,8 +198,8 @@ def main(argv: Sequence[str]) -> int:
     tasks = load_tasks(args)
     texts = {Path(file).stem: read_text("perplexity_file", file) for file in args.perplexity_file}
     output_dir = Path(args.output_dir)
-    settings = deciding(args) | {"adapter_digest": adapter_digest(args.adapter)}
-    claim_folder(output_dir, settings, state)
+    digests = digests_of(args)
+    claim_folder(output_dir, deciding(args) | digests, state, {task.name: task.digest() for task in tasks})
     scorer = cache(partial(load_scorer, args, state.device))  # a finished evaluation loads no model
     results = {task.name: evaluate_task(task, scorer, args, state) for task in tasks}
     perplexity = {name: scorer().perplexity(text, args.max_length, state) for name, text in texts.items()}
@@ -185,7 +208,7 @@ def main(argv: Sequence[str]) -> int:
         "tasks": results,
         "average": sum(accuracies) / len(accuracies) if accuracies else None,  # unweighted, as in the paper
         "perplexity": perplexity,
-        "arguments": asdict(args) | {"adapter_digest": settings["adapter_digest"]},
+        "arguments": asdict(args) | digests,
         "training": training,
     }
     if state.is_main_process:

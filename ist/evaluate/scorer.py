@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,10 +21,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import ist.adapters  # noqa: F401  its methods become known to PEFT
-from ist.distributed import reduce_sum
+from ist.distributed import from_main, reduce_sum
 from ist.training.command_line import UsageError, brief, require
 from ist.training.data import collate
-from ist.training.files import write_json
+from ist.training.files import file_digest, json_digest, model_digest, read_object, write_json
 from ist.training.record import require_writable
 from ist.training.weights import load_adapter, load_pretrained
 
@@ -140,7 +141,19 @@ def require_base(args: ScorerArguments) -> None:
 
 def files_digest(files: Iterable[Path]) -> str:
     """Digest of the files' contents."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return json_digest([file_digest(file) for file in files])[:16]
+
+
+def digests_of(args: "ScorerArguments") -> dict[str, str | None]:
+    """{model_digest, adapter_digest} by content, read by the main process alone."""
+
+    def read() -> dict[str, str | None]:
+        return {
+            "model_digest": model_digest(args.model_name_or_path),
+            "adapter_digest": adapter_digest(args.adapter),
+        }
+
+    return from_main(read, UsageError)
 
 
 def adapter_digest(folder: str | None) -> str | None:
@@ -164,18 +177,27 @@ def read_text(key: str, file: str) -> str:
     return text
 
 
-def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
+def load_tokenizer(key: str, folder: str, template: str | None = None) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        UsageError: there is none, or `template` is chat and it has no chat template.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     except Exception as error:
-        raise UsageError(f"--model_name_or_path {args.model_name_or_path} has no tokenizer: {brief(error)}") from error
+        raise UsageError(f"--{key} {folder} has no tokenizer: {brief(error)}") from error
+    if template == "chat" and not tokenizer.chat_template:
+        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
+    return tokenizer
+
+
+def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
+    tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path, args.prompt_template)
     model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, dtype=args.dtype)
     if args.adapter:
         model = load_adapter(model, args.adapter)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if args.prompt_template == "chat" and not tokenizer.chat_template:
-        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
     return Scorer(model.to(device).eval(), tokenizer, args)
 
 
@@ -211,17 +233,44 @@ def deciding(args: ScorerArguments) -> dict[str, Any]:
     return {key: value for key, value in asdict(args).items() if key not in args.free_keys}
 
 
-def claim_folder(output_dir: Path, settings: dict, state: PartialState) -> None:
+WHAT_DIFFERS = {  # digests, in the words of the command line
+    "model_digest": "model_digest (the files of --model_name_or_path)",
+    "adapter_digest": "adapter_digest (the files of --adapter)",
+}
+
+
+def claim_folder(output_dir: Path, settings: dict, state: PartialState, answered: dict[str, str] | None = None) -> None:
     """Write the settings that decide the results into their folder, as arguments.json.
 
+    Args:
+        answered: {task: digest of its rows} of the tasks that the folder may hold answers of. Other tasks of the folder
+            stay as they are.
+
     Raises:
-        UsageError: the folder cannot be written, or holds the results of others.
+        UsageError: the folder cannot be written, or holds the results of others: other settings, or other rows of a
+            task.
     """
     require_writable(output_dir)
     file = output_dir / "arguments.json"
-    if file.exists() and (earlier := json.loads(file.read_text())) != settings:
-        differing = ", ".join(key for key in settings if settings[key] != earlier.get(key))
-        raise UsageError(f"--output_dir {output_dir} holds results of another {differing}. Choose another folder.")
+    earlier = read_object(file, "--output_dir") if file.exists() else None
+    rows = (earlier or {}).pop("rows", {})
+    differing = []
+    if earlier is not None:
+        keys = [key for key in settings if key not in earlier or settings[key] != earlier[key]]
+        differing = [WHAT_DIFFERS.get(key, key) for key in keys]
+    for task, digest in (answered or {}).items():
+        if rows.get(task) != digest and (shards(output_dir, task) or (output_dir / f"{task}.jsonl").exists()):
+            differing.append(f"{task} (the rows of --test_file)")
+    if differing:
+        raise UsageError(
+            f"--output_dir {output_dir} holds results of another {', '.join(differing)}. Choose another folder."
+        )
     state.wait_for_everyone()
     if state.is_main_process:
-        write_json(file, settings)
+        write_json(file, settings | ({"rows": rows | answered} if answered is not None else {}))
+
+
+def shards(output_dir: Path, task: str) -> list[Path]:
+    """The files of answers to a task that ranks have written, of this run and of those before: .TASK.UUID.jsonl."""
+    name = re.compile(rf"\.{re.escape(task)}\.[0-9a-f]{{32}}\.jsonl")
+    return sorted(path for path in output_dir.iterdir() if name.fullmatch(path.name))

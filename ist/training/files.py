@@ -37,6 +37,24 @@ def read_text(path: Path) -> str:
         raise ReadError(f"{path} cannot be read: {error.strerror}. Repair or remove it.") from error
 
 
+def read_object(path: Path, key: str = "") -> dict[str, Any]:
+    """The object of a JSON file; `key` is the argument that it comes from, for the message.
+
+    Raises:
+        ReadError: it is not there, no file, cannot be read, or holds no JSON object.
+    """
+    name = f"{key} {path}".strip()
+    try:
+        value = json.loads(read_text(path))
+    except FileNotFoundError as error:
+        raise ReadError(f"{name} cannot be read: no such file. Name another one, or make it anew.") from error
+    except (ValueError, RecursionError) as error:
+        raise ReadError(f"{name} is not JSON ({' '.join(str(error).split())}). Repair or remove it.") from error
+    if not isinstance(value, dict):
+        raise ReadError(f"{name} must hold a JSON object; got a {type(value).__name__}. Repair or remove it.")
+    return value
+
+
 class WriteError(Exception):
     """A file cannot be written: no space, a quota, a folder that is gone or read-only, a disk that fails."""
 
@@ -141,6 +159,39 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+MODEL_FILES = (  # what a model and its tokenizer are loaded from, and what decides how it generates
+    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "*.py", "*.jinja"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+)
+
+
+def model_digest(path_or_name: str) -> str:
+    """sha256 of the files of a model's folder, by content; of a model on the Hub, of its name and commit.
+
+    Every byte of the weights is read, each time: a size and a date do not tell whether they were replaced in place.
+
+    Raises:
+        ReadError: a file cannot be read, or the folder has none of a model, or the Hub and its cache do not have it.
+    """
+    folder = Path(path_or_name)
+    if not folder.exists():
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        try:  # the cache names what it holds by commit, and the Hub's files by their content
+            commit = extract_commit_hash(cached_file(path_or_name, "config.json"), None)
+        except (OSError, ValueError) as error:
+            told = " ".join(str(error).split())[:300]
+            raise ReadError(f"{path_or_name} is no folder, and no model of the Hub or its cache: {told}") from error
+        return json_digest(["hub", path_or_name, commit])
+    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if not file.is_dir()})
+    if not files:
+        raise ReadError(f"{folder} holds no files of a model. Name the folder of a model, or a model on the Hub.")
+    try:
+        return json_digest([[file.name, file_digest(file)] for file in files])
+    except OSError as error:
+        raise ReadError(f"{error.filename} cannot be read: {error.strerror}. Repair or remove it.") from error
 
 
 def json_digest(value: Any) -> str:

@@ -1,6 +1,5 @@
 """The runs of an experiment: train_ist.py and ist.evaluate as processes; tuning over a grid, then all seeds."""
 
-import json
 import math
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 
 from ist.benchmark.arms import arguments_of, as_argv
 from ist.config import ISTConfig
+from ist.evaluate.scorer import adapter_digest
 from ist.training.command_line import UsageError
-from ist.training.files import IMPORTANCE, read_lines
+from ist.training.files import IMPORTANCE, model_digest, read_lines, read_object
 from ist.training.record import differing_keys, read_run
 from launch.experiments.design import Arm, Experiment, slug
 
@@ -45,6 +46,7 @@ class Runner:
         self.base = {"model_name_or_path": where.model_name_or_path, "train_file": files["train"], **experiment.recipe}
         all_devices = ",".join(map(str, range(torch.cuda.device_count())))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_devices).split(",")
+        self.model_digest = cache(model_digest)  # of one command: the base is that of all runs
         self.error: BaseException | None = None  # of the first run that failed
         self.processes: set[subprocess.Popen] = set()  # that are running
         self.devices: Queue[str] = Queue()
@@ -124,9 +126,14 @@ class Runner:
         elif run:
             values["model_name_or_path"] = run / "model"
         if (where / "summary.json").exists():
-            there = json.loads((where / "summary.json").read_text())["arguments"]
-            if any(there[key] != value for key, value in self.experiment.evaluate.items()):
+            there = read_object(where / "summary.json").get("arguments")
+            there = there if isinstance(there, dict) else {}
+            if any(there.get(key) != value for key, value in self.experiment.evaluate.items()):
                 raise UsageError(f"{where} holds answers of another `evaluate`: remove it.")
+            now = {"model_digest": self.model_digest(str(values["model_name_or_path"]))}
+            now["adapter_digest"] = adapter_digest(values.get("adapter"))
+            if differing := [key for key, value in now.items() if there.get(key) != value]:
+                raise UsageError(f"{where} holds answers of another {', '.join(differing)}: remove it.")
             return
         self._process(["-m", "ist.evaluate", *as_argv(values)], where)
 

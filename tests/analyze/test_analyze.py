@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from support import ROOT, make_tiny, read_lines, reset_accelerate, tiny_config
 from support.analysis import noise
@@ -222,6 +223,26 @@ def test_a_finished_analysis_measures_nothing_and_another_one_is_refused(folder,
     ]
     with pytest.raises(UsageError, match=r"holds results of another text_file, data_digest\. Choose another folder"):
         main(flags)
+
+
+def test_weights_replaced_in_place_are_other_weights(folder, tmp_path, capsys):
+    def replace(file) -> None:
+        stat, tensors = file.stat(), load_file(file)
+        save_file({name: 2 * tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    for name in ("base/tiny", "twin"):
+        shutil.copytree(folder / "tiny", tmp_path / name)
+    flags = ("--model_name_or_path", tmp_path / "base/tiny", "--lines", f"twin={tmp_path / 'twin'}")
+    run(folder, tmp_path / "out", *flags)
+    before = result(tmp_path / "out")["losses"]["twin"]
+    replace(tmp_path / "twin/model.safetensors")  # of a line: measured again
+    run(folder, tmp_path / "out", *flags)
+    assert result(tmp_path / "out")["losses"]["twin"] != before
+    assert "twin: other weights than those measured before; its loss is measured again." in capsys.readouterr().out
+    replace(tmp_path / "base/tiny/model.safetensors")
+    with pytest.raises(UsageError, match=r"results of another model_digest \(the files of --model_name_or_path\)"):
+        run(folder, tmp_path / "out", *flags)
 
 
 def test_two_ranks_end_with_the_files_of_one_process(folder, whole, tmp_path):
