@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 import ist.training.command_line
 import train_ist
 from ist.training.command_line import UsageError, print_error
+from ist.training.files import WriteError
 from ist.tuner import SparseTuner
 from support import read_lines, reset_accelerate, suites
 from support.damages import CHECKPOINT, RECORDS, RUN
@@ -74,7 +75,7 @@ def readable_lines(file: Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def damage_runs(work: Path, times: int, seed: int, kinds: list[str]) -> None:
+def damage_runs(work: Path, times: int, seed: str, kinds: list[str]) -> None:
     """work/000 and so on: each with a damaged run/, and plan.json, which says what was done to it."""
     order: list[str] = []
     for i in range(times):
@@ -138,9 +139,9 @@ def attempt(work: Path, run: Path, topology: str, resume: str, name: str) -> dic
     try:
         with contextlib.redirect_stdout(output):
             code = train_ist.main(suites.flags(work, run, topology, **options))
-    except UsageError as error:
+    except (UsageError, WriteError) as error:
         print_error(error)
-        code = 2
+        code = 2 if isinstance(error, UsageError) else 1
     except Left as left:
         code = left.args[0]
     except BaseException:
@@ -178,7 +179,7 @@ def worker(args: argparse.Namespace) -> None:
         if whole["code"] != 0:
             raise SystemExit(whole["stderr"])
         if RANK == 0:
-            damage_runs(work, args.times[0], args.seed, args.kinds)
+            damage_runs(work, args.times[0], f"{args.worker} {args.seed}", args.kinds)
             (work / "damaged").touch()
         assert meet("damaged")
     for i in range(args.first, args.times[0]):

@@ -95,22 +95,35 @@ def measure(suite: Suite) -> Times:
     return Times(folder, (run / "run.json").stat().st_mtime - began)
 
 
-def kill(launch: subprocess.Popen, run: Path, kind: str, rank: int, moment: float, times: Times, steps: int) -> str:
-    """Kill at `moment` seconds; of them those after `times.folder` are counted from when the run's folder is there.
+def written(run: Path) -> float:
+    """When run.json was last written; 0.0 before there is one."""
+    return (run / "run.json").stat().st_mtime if (run / "run.json").exists() else 0.0
 
-    A launch that is faster than the undisturbed one was is killed when it has done the same part of its steps.
-    Returns killed, hang (the rest of the launch went on) or ended (before).
+
+def last_step(run: Path) -> int:
+    return max((int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*")), default=0)
+
+
+def kill(suite: Suite, run: Path, kind: str, rank: int, moment: float, times: Times) -> str:
+    """Launch, and kill at `moment` seconds; of them those after `times.folder` are counted from its first word on.
+
+    A launch that goes on after some steps has the time of the others, and one that is faster than the undisturbed one
+    was is killed when it has done the same part of them. Returns killed, hang (the rest of the launch went on) or ended
+    (before).
     """
-    began = time.monotonic()
-    while time.monotonic() - began < min(moment, times.folder) and launch.poll() is None:
+    earlier, first = written(run), last_step(run)
+    launch, began = suite.begin(run), time.monotonic()
+    while launch.poll() is None and written(run) == earlier:
+        if moment <= times.folder and time.monotonic() - began >= moment:
+            break
         time.sleep(0.005)
     if moment > times.folder:
-        while launch.poll() is None and not (run / "run.json").exists():
-            time.sleep(0.005)
-        began, line = time.monotonic(), (moment - times.folder) / (times.end - times.folder) * steps
-        while time.monotonic() - began < moment - times.folder and done_steps(run) < line and launch.poll() is None:
+        part = (moment - times.folder) / (times.end - times.folder)
+        seconds = part * (times.end - times.folder) * (suite.steps - first) / suite.steps
+        step, began = first + part * (suite.steps - first), time.monotonic()
+        while time.monotonic() - began < seconds and last_step(run) < step and launch.poll() is None:
             time.sleep(0.002)
-        time.sleep(moment % 0.1)  # not always just after a line was written
+        time.sleep(moment % 0.1)  # not always just after a checkpoint
     ranks = ranks_of(launch)
     if launch.poll() is not None or not ranks:
         launch.wait()
@@ -128,16 +141,6 @@ def kill(launch: subprocess.Popen, run: Path, kind: str, rank: int, moment: floa
     return "killed"
 
 
-def done_steps(run: Path) -> int:
-    metrics = run / "metrics.jsonl"
-    return metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
-
-
-def last_step(run: Path) -> str:
-    steps = sorted(path.name for path in run.glob("checkpoints/step_*"))
-    return f"{steps[-1]} there" if steps else "no checkpoint there"
-
-
 def attempt(suite: Suite, number: int, times: Times) -> dict:
     draw = random.Random(f"{suite.topology} {suite.seed} {number}")
     run, kind = suite.work / f"{number:03d}", KINDS[number % 2]
@@ -148,8 +151,8 @@ def attempt(suite: Suite, number: int, times: Times) -> dict:
             draw.randrange(suites.RANKS[suite.topology]),
             draw.uniform(times.folder - BEFORE_SECONDS, times.end),
         )
-        state = kill(suite.begin(run), run, kind, rank, moment, times, suite.steps)
-        result["what"] += f"rank {rank} at {moment:.2f} s: {state}, {last_step(run)}; "
+        state = kill(suite, run, kind, rank, moment, times)
+        result["what"] += f"rank {rank} at {moment:.2f} s: {state}, step {last_step(run)} there; "
         if state == "hang":
             return result | {"outcome": "hang", "fault": f"the launch went on for {ENDING_SECONDS} s"}
         result["kills"] += state == "killed"
@@ -164,7 +167,7 @@ def attempt(suite: Suite, number: int, times: Times) -> dict:
         return result | {"outcome": "other error", "fault": (suite.work / f"{run.name}.txt").read_text()[-300:]}
     different = suites.differences(run, suite.work / "whole")
     left = [str(path.relative_to(run)) for path in run.rglob("*")]
-    left = [name for name in left if Path(name).name.startswith((".saving-", ".discarded-")) or name.endswith(".tmp")]
+    left = [name for name in left if Path(name).name.startswith(".") or name.endswith(".tmp")]
     different += [f"{name} is left" for name in left]
     different += [] if sharded(suite.work / f"{run.name}-spy", suite.topology) else ["no DTensors"]
     if different:
