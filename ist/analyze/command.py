@@ -44,7 +44,8 @@ from ist.loss import count_predicted
 from ist.report.tables import publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
 from ist.training.data import Data, collate, encode_rows, load_rows
-from ist.training.files import IMPORTANCE, keep_lines, model_digest, read_lines
+from ist.training.figures import drawn
+from ist.training.files import IMPORTANCE, keep_lines, model_digest, read_lines, replacing
 from ist.training.model import require_fitting
 
 
@@ -235,12 +236,15 @@ def publish_analysis(args: AnalyzeArguments, analysis: dict[str, Any], command: 
     if all(measured.get(key) == analysis[key] for key in ("losses", "directions")):  # nothing new: the earlier head
         analysis |= {key: measured[key] for key in ("date", "versions", "commit", "hardware")}
     analysis = publish(before, command, state, "", **analysis)
-    draw(output_dir / "layers.png", analysis)
+    picture = output_dir / "layers.png"
+    is_drawn = drawn(picture, draw, picture, analysis)
     if args.publish:
         target, readme = Path(args.publish), Path(args.readme) if args.readme else None
         table = agreement_table(analysis) if "importance" in analysis else ""
         publish(target, accelerator=state, table=table, readme=readme, **analysis)  # command and head as they are
-        target.with_suffix(".png").write_bytes((output_dir / "layers.png").read_bytes())
+        if is_drawn:
+            with replacing(target.with_suffix(".png")) as temporary:
+                temporary.write_bytes(picture.read_bytes())
     return analysis
 
 

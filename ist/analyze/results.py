@@ -14,6 +14,7 @@ from ist.analyze.ablation import DIRECTIONS
 from ist.config import ISTConfig
 from ist.report.statistics import spearman
 from ist.training.command_line import markdown_table
+from ist.training.figures import plain_text, save
 from ist.training.files import IMPORTANCE
 
 BASE, ADAPTER = "base model", "adapter"
@@ -70,6 +71,7 @@ def compare_all(analysis: dict, scores: dict[str, Sequence[float]]) -> dict[str,
     return found
 
 
+@plain_text()
 def draw(path: Path, analysis: dict) -> None:
     """layers.png (paper, Figure 2): loss over the number of ablated layers, and the other models as lines."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
@@ -85,7 +87,7 @@ def draw(path: Path, analysis: dict) -> None:
     axis.set(xlabel="layers without their adapter response", ylabel="loss per token", title=title)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def with_interval(found: dict) -> str:

@@ -7,7 +7,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ist.training.figures import plain_text, save
 
+
+@plain_text()
 def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     """Validation loss of each arm over steps and over time, and its memory by part (paper, Figure 1).
 
@@ -46,4 +49,4 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
     memory.set(xlabel="MB; saved for the backward: mean over steps", title="Memory by part, counted")
     memory.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.35, 1.06), ncols=4)
     memory.margins(x=0.15)
-    figure.savefig(path, dpi=110)
+    save(figure, path)

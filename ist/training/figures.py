@@ -1,6 +1,10 @@
 """The pictures of importance: a run (paper, Figure 4), several side by side, and the heat map of trackers."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,7 +14,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ist.training.command_line import brief
 from ist.training.files import replacing
+
+# Around what draws: names of folders and arms may hold a $, which would be TeX.
+plain_text = partial(matplotlib.rc_context, {"text.parse_math": False})
 
 
 def heat_map(scores: list[list[float]]) -> np.ndarray:
@@ -21,9 +29,23 @@ def heat_map(scores: list[list[float]]) -> np.ndarray:
     return (255 * rgb).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """
+    Raises:
+        WriteError: it cannot be written; an older picture is left as it was.
+    """
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format=path.suffix[1:])
+
+
+def drawn(path: Path, draw: Callable[..., Any], *args: Any) -> bool:
+    """Whether `draw(*args)` has made the picture `path`; if not, why is one line on stderr: it costs no numbers."""
+    try:
+        draw(*args)
+    except Exception as error:  # whatever matplotlib or the disk says
+        print(f"{path} is not drawn ({brief(error)}); the numbers are written.", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _plot_semantic(axis: Axes, semantic: dict) -> None:
@@ -35,6 +57,7 @@ def _plot_semantic(axis: Axes, semantic: dict) -> None:
     axis.legend(loc="lower left", fontsize="small")
 
 
+@plain_text()
 def plot_importance(
     path: Path, updates: list[dict], counts: list[int], steps: int, title: str, semantic: dict | None = None
 ) -> None:
@@ -59,8 +82,8 @@ def plot_importance(
     right.legend(loc="upper left", fontsize="small")
     for axis in (*(axes[name].xaxis for name in panels), right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title, parse_math=False)  # a folder's name may hold a $
-    _save(figure, path)
+    figure.suptitle(title)
+    save(figure, path)
 
 
 def _plot_scores(left: Axes, updates: list[dict], colours: ScalarMappable) -> None:
@@ -73,6 +96,7 @@ def _plot_scores(left: Axes, updates: list[dict], colours: ScalarMappable) -> No
     left.set(ylim=(0, 1), xlabel="optimizer step", ylabel="sigmoid(importance)", title="Layer importance")
 
 
+@plain_text()
 def plot_importance_panels(path: Path, runs: dict[str, list[dict]]) -> None:
     """A panel for each of several runs: importance of every layer over steps (paper, Figure 4).
 
@@ -85,6 +109,6 @@ def plot_importance_panels(path: Path, runs: dict[str, list[dict]]) -> None:
     axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axis, (title, updates) in zip(axes, runs.items(), strict=True):
         _plot_scores(axis, updates, colours)
-        axis.set_title(title, parse_math=False)
+        axis.set_title(title)
     figure.colorbar(colours, ax=axes, label="layer")
-    _save(figure, path)
+    save(figure, path)

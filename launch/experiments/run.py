@@ -173,15 +173,17 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
     summary, runs = run_arms(runner, facts_of(args, experiment, files))
     summary["command"] = "python -m launch.experiments.run " + shlex.join(argv)
-    for target in (folder / "results", *([Path(args.publish)] if args.publish else [])):
+    targets = [folder / "results", *([Path(args.publish)] if args.publish else [])]
+    for target in targets:
         write_results(target, summary, runs)
-        draw(read_results(target), target)
     table = experiment_table(folder / "results")
     print(table)
     if args.readme:
         insert_table(Path(args.readme), Path(args.publish).name, table)
     write_text(folder / "results.md", f"{table}\n\n`{summary['command']}`\n")
     write_text(folder / "tuning.md", tuning_table(summary["trials"]) + "\n")
+    for target in targets:  # last: a picture that fails costs no numbers
+        draw(read_results(target), target)
     print(f"{folder / 'results.md'}, {folder / 'tuning.md'}")
     return 0
 

@@ -17,7 +17,7 @@ from ist.report.figures import plot_arms
 from ist.report.statistics import paired
 from ist.report.tables import insert_table
 from ist.training.command_line import UsageError, markdown_table, run_command
-from ist.training.figures import plot_importance_panels
+from ist.training.figures import drawn, plot_importance_panels
 from launch.experiments.results import SUMMARY, read_results
 from launch.experiments.runner import lowest
 
@@ -114,13 +114,16 @@ def tuning_table(trials: Sequence[dict]) -> str:
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """curves.png: losses over steps and over time, and bytes (paper, Figure 1); importance.png (Figure 4)."""
-    plot_arms(folder / "curves.png", results["arms"])
+    """curves.png: losses over steps and over time, and bytes (paper, Figure 1); importance.png (Figure 4).
+
+    Those that were drawn; why another was not is a line on stderr.
+    """
     learned = {name: arm["runs"][0]["updates"] for name, arm in results["arms"].items() if arm["runs"][0]["updates"]}
-    if not learned:
-        return [folder / "curves.png"]
-    plot_importance_panels(folder / "importance.png", learned)
-    return [folder / "curves.png", folder / "importance.png"]
+    curves, importance = folder / "curves.png", folder / "importance.png"
+    pictures = [curves] if drawn(curves, plot_arms, curves, results["arms"]) else []
+    if learned and drawn(importance, plot_importance_panels, importance, learned):
+        pictures.append(importance)
+    return pictures
 
 
 def main(argv: Sequence[str]) -> int:

@@ -290,7 +290,7 @@ def test_lines_and_the_picture(folder, whole, tmp_path, monkeypatch):
     AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
     shutil.copytree(whole, tmp_path / "out")
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.touch()))
     lines = (f"full fine-tuning={tmp_path / 'model'}", f"twin={folder / 'run/adapter'}")
     run(folder, tmp_path / "out", "--lines", *lines)
     analysis = result(tmp_path / "out")
