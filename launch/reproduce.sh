@@ -49,7 +49,9 @@ $python -m accelerate.commands.launch --config_file "$config" train_ist.py --con
 if [ -d "runs/$name/model" ]; then
   result=(--model_name_or_path "runs/$name/model")
 else
-  base=$($python -c "import json; print(json.load(open('runs/$name/run.json'))['configuration']['model_name_or_path'])")
+  read_base='import json, os, sys; run = json.load(open(sys.argv[1], encoding="utf-8"))
+sys.stdout.buffer.write(os.fsencode(run["configuration"]["model_name_or_path"]))'
+  base=$($python -c "$read_base" "runs/$name/run.json")
   result=(--model_name_or_path "$base" --adapter "runs/$name/adapter")
 fi
 $python -m accelerate.commands.launch --config_file "$config" -m ist.evaluate "${result[@]}" \

@@ -26,6 +26,30 @@ begin() {
   for module in "${modules[@]}"; do module load "$module"; done
 }
 
+# field FILE KEY ...: a value of a JSON or YAML file, by its path of keys; nothing where there is none.
+field() {
+  "$python" -c '
+import json, os, sys
+file, *keys = sys.argv[1:]
+try:
+    with open(file, encoding="utf-8") as stream:
+        if file.endswith(".json"):
+            value = json.load(stream)
+        else:
+            import yaml
+
+            value = yaml.safe_load(stream)
+except (OSError, ValueError, ImportError) as error:
+    sys.exit(f"error: {file} cannot be read: {error}")
+except Exception as error:  # of YAML, on several lines
+    sys.exit(f"error: {file} is not YAML: " + " ".join(str(error).split()))
+for key in keys:
+    value = value.get(key) if isinstance(value, dict) else None
+text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+sys.stdout.buffer.write(os.fsencode(text))
+' "$@"
+}
+
 say() { printf '== %s job %s: %s\n' "$(date '+%F %T')" "$job" "$*"; }
 
 # launch ARGUMENTS: `accelerate launch ARGUMENTS` on every node, in the background; `wait_for_step` waits for it.

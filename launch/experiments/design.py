@@ -85,6 +85,7 @@ def _check(path: str, arms: dict[str, Arm], experiment: Experiment) -> None:
     for one, two in experiment.pairs:
         if missing := {one, two} - arms.keys():
             raise UsageError(f"{path}: pairs has no arm {missing.pop()!r}; it has {', '.join(arms)}.")
+    _check_names(path, list(arms))
     for arm in arms.values():
         _check_arm(path, arm, arms)
     whole = isinstance(experiment.seeds, list) and all(isinstance(seed, int) for seed in experiment.seeds)
@@ -92,6 +93,29 @@ def _check(path: str, arms: dict[str, Arm], experiment: Experiment) -> None:
         raise UsageError(f"{path}: seeds must be a list of numbers without that of tuning; got {experiment.seeds}.")
     if set(experiment.split) != {"test", "tuning"}:
         raise UsageError(f"{path}: split must name test and tuning rows; got {experiment.split}.")
+
+
+def _check_names(path: str, names: list[Any]) -> None:
+    """The name of an arm is that of a folder of runs, and of its files of results."""
+    files: dict[str, str] = {}
+    for name in names:
+        plain = isinstance(name, str) and name.strip() not in ("", ".", "..")
+        if not plain or re.search(r"[/\\\x00-\x1f]", name):
+            raise UsageError(
+                f"{path}: the name of an arm is that of a folder, so it must be a text without / and \\, and not empty "
+                f"or ..; got {name!r}."
+            )
+        other = files.setdefault(file_stem(name), name)
+        if other != name:
+            raise UsageError(
+                f"{path}: the results of the arms {other!r} and {name!r} would have the same file names "
+                f"({file_stem(name) or 'none'}-SEED.json): rename one."
+            )
+
+
+def file_stem(arm: str) -> str:
+    """`IST 8, mu 1000` as ist-8-mu-1000, the start of the names of its files of results."""
+    return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
 
 
 def _check_arm(path: str, arm: Arm, arms: dict[str, Arm]) -> None:

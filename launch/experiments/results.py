@@ -5,7 +5,6 @@ experiment.json      recipe, data, tuning trials, and of each arm its settings, 
 """
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from ist.training.memory import SavedByLayer, counting
 from ist.training.model import plan_layers
 from ist.training.peft_config import make_peft_config
 from ist.training.record import read_run
+from launch.experiments.design import file_stem
 
 SUMMARY = "experiment.json"
 TIMED_AT_ONCE = 3  # arms that are timed together with the first one: all are in memory
@@ -29,7 +29,7 @@ TIMED_AT_ONCE = 3  # arms that are timed together with the first one: all are in
 
 def run_name(arm: str, seed: int) -> str:
     """The file of a run: "IST 8, mu 1000" of seed 1 is ist-8-mu-1000-1.json."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', arm.lower()).strip('-')}-{seed}.json"
+    return f"{file_stem(arm)}-{seed}.json"
 
 
 def write_results(folder: Path, summary: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:

@@ -200,6 +200,19 @@ def test_plain_text_is_cut_into_rows_and_nothing_of_it_is_lost(tmp_path):
             {},
             "b cannot be top_of r, which learns no importance",
         ),
+        *(
+            (
+                {"arms": {name: {}}, "pairs": []},
+                {},
+                f"it must be a text without / and \\, and not empty or ..; got {name!r}",
+            )
+            for name in ("../x", "/x", "..", ".", "", " ", "a/b", "a\\b", 3, None)
+        ),
+        (
+            {"arms": {"IST 8": {}, "ist-8": {}}, "pairs": []},
+            {},
+            "the arms 'IST 8' and 'ist-8' would have the same file",
+        ),
         ({"tuning": None}, {}, "is not like the files of launch/experiments/"),
         ({}, {"experiment": "none.yaml"}, "none.yaml: No such file"),
         ({}, {"readme": ROOT / "README.md"}, "--readme needs --publish"),
