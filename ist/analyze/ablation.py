@@ -19,7 +19,7 @@ from ist.layers import LayerMap
 from ist.loss import total_loss
 from ist.suppression import evaluation_mode, suppress
 from ist.training.command_line import UsageError
-from ist.training.files import keep_lines, read_lines
+from ist.training.files import keep_lines, read_lines, writing
 
 # The choice of a layer at each stage, by the losses without it: the lowest loss means that it matters least.
 DIRECTIONS = {"least": min, "most": max}
@@ -127,7 +127,10 @@ class Ablations:
 
     def __init__(self, file: Path, n_layers: int, ablation: Callable[[], AblationLoss], state: PartialState) -> None:
         self.file, self.n_layers, self.ablation, self.state = file, n_layers, ablation, state
-        lines = read_lines(file)
+        keys = {"direction": str, "stage": int, "removed": list, "layer": int, "loss": float}
+        lines = [
+            line for line in read_lines(file) if all(isinstance(line.get(key), kind) for key, kind in keys.items())
+        ]
         self.done = {(line["direction"], line["stage"], line["layer"]) for line in lines}
         self.known = {frozenset([*line["removed"], line["layer"]]): line["loss"] for line in lines}
         state.wait_for_everyone()  # nobody writes before everybody has read
@@ -151,7 +154,7 @@ class Ablations:
             self.known |= {frozenset([*removed, layer]): found[layer] for layer in together}
             if self.state.is_main_process:
                 lines = ({"direction": direction, "stage": stage, "removed": removed, "layer": i} for i in together)
-                with open(self.file, "a") as stream:
+                with writing(self.file), open(self.file, "a") as stream:
                     stream.writelines(json.dumps(line | {"loss": found[line["layer"]]}) + "\n" for line in lines)
         if todo:
             self.state.print(f"{direction} important first: stage {stage} of {self.n_layers}", flush=True)

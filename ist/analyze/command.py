@@ -7,7 +7,7 @@ Leaves O/ablations.jsonl, a line per evaluation, O/analysis.json and O/layers.pn
 drawn as lines). A stopped run goes on from its files.
 """
 
-import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ist.adapters.support import RESPONSE, limit
@@ -28,6 +27,7 @@ from ist.analyze.results import ADAPTER, BASE, agreement_table, compare_all, dra
 from ist.distributed import from_main
 from ist.evaluate.scorer import (
     ScorerArguments,
+    adapter_config,
     adapter_digest,
     claim_folder,
     deciding,
@@ -45,7 +45,7 @@ from ist.report.tables import publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
 from ist.training.data import Data, collate, encode_rows, load_rows
 from ist.training.figures import drawn
-from ist.training.files import IMPORTANCE, keep_lines, model_digest, read_lines, replacing
+from ist.training.files import IMPORTANCE, append_line, keep_lines, model_digest, read_lines, read_object, replacing
 from ist.training.model import require_fitting
 
 
@@ -159,10 +159,12 @@ def read_importance(path: str) -> list[float]:
         UsageError: there are none, or all are equal.
     """
     file = Path(path) / IMPORTANCE if Path(path).is_dir() else Path(path)
-    try:
-        scores = read_lines(file)[-1]["scores"]
-    except (IndexError, KeyError, TypeError, OSError, UnicodeDecodeError):
-        raise UsageError(f"--importance {path} has no importance scores (no line with scores in {file}).") from None
+    lines = read_lines(file)
+    scores = lines[-1].get("scores") if lines else None
+    if not scores or not isinstance(scores, list) or not all(type(one) in (int, float) for one in scores):
+        raise UsageError(f"--importance {path} has no importance scores (no line with scores in {file}).")
+    if not all(map(math.isfinite, scores)):
+        raise UsageError(f"--importance {path}: the last scores in {file} are not finite; name another run.")
     if len(set(scores)) < 2:
         raise UsageError(f"--importance {path}: all scores are equal, so they rank no layer.")
     return scores
@@ -170,7 +172,7 @@ def read_importance(path: str) -> list[float]:
 
 def require_layers(folder: str) -> None:
     """Raises UsageError when the adapter is of a method without a response per layer."""
-    config = PeftConfig.from_pretrained(folder)
+    config = adapter_config(folder)
     if limit(config, RESPONSE):
         raise UsageError(f"--adapter {folder}: {config.peft_type.value} has no response of each layer to ablate.")
 
@@ -206,13 +208,12 @@ def measure_lines(
         earlier = {line.get("name") for line in read_lines(file)}
         for name in [name for name in wanted if name not in known()]:
             if name in earlier:
-                print(f"{name}: other weights than those measured before; its loss is measured again.", flush=True)
+                print(f"{name}: not what was measured before under this name; its loss is measured again.", flush=True)
             if name == ADAPTER:
                 found = {"loss": ablation().full, "layers": ablation().layers.names}
             else:
                 found = {"loss": mean_loss(load_scorer(models[name], state.device).model, tokens.batches)}
-            with open(file, "a") as stream:
-                stream.write(json.dumps(wanted[name] | found) + "\n")
+            append_line(file, wanted[name] | found)
     state.wait_for_everyone()
     return known()
 
@@ -232,9 +233,11 @@ def publish_analysis(args: AnalyzeArguments, analysis: dict[str, Any], command: 
     """Write analysis.json and layers.png, and where they are published; analysis.json with its head."""
     output_dir = Path(args.output_dir)
     before = output_dir / "analysis.json"
-    measured = json.loads(before.read_text()) if before.exists() else {}
-    if all(measured.get(key) == analysis[key] for key in ("losses", "directions")):  # nothing new: the earlier head
-        analysis |= {key: measured[key] for key in ("date", "versions", "commit", "hardware")}
+    measured = read_object(before, "--output_dir") if before.exists() else {}
+    head = ("date", "versions", "commit", "hardware")
+    same = all(measured.get(key) == analysis[key] for key in ("losses", "directions"))
+    if same and measured.keys() >= set(head):  # nothing new: the earlier head
+        analysis |= {key: measured[key] for key in head}
     analysis = publish(before, command, state, "", **analysis)
     picture = output_dir / "layers.png"
     is_drawn = drawn(picture, draw, picture, analysis)
@@ -260,7 +263,7 @@ def main(argv: Sequence[str]) -> int:
     output_dir = Path(args.output_dir)
     digests = digests_of(args)
     digests["data_digest"] = files_digest([Path(args.text_file or args.rows_file)])
-    claim_folder(output_dir, deciding(args) | digests, state)
+    claim_folder(output_dir, deciding(args) | digests, state, results=("ablations.jsonl",))
     # Loaded when the first evaluation needs it: a finished analysis needs none.
     ablation = cache(partial(load_ablation, args, tokens, state))
     lines = measure_lines(output_dir / "lines.jsonl", models, ablation, tokens, state)

@@ -36,8 +36,8 @@ from ist.benchmark.probes import probe_agreement, probe_table
 from ist.benchmark.scale import measure_scale, scale_table
 from ist.benchmark.speed import count_flops, matmul_rate, measure_speed, speed_table
 from ist.benchmark.traffic import communicate, communication_row, communication_table, measure_communication
-from ist.report.tables import publish
-from ist.training.command_line import UsageError, command, require
+from ist.report.tables import publish, require_publishing, require_writable_file
+from ist.training.command_line import PlainParser, UsageError, command, require
 from ist.training.word_problems import arithmetic_rows
 
 
@@ -135,7 +135,7 @@ def published_table(file: Path) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ist.benchmark", description=__doc__.split("\n")[0])
+    parser = PlainParser(prog="python -m ist.benchmark", description=__doc__.split("\n")[0])
     subcommands = parser.add_subparsers(required=True, metavar="WHAT")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--output", type=Path, metavar="FILE.json", help="write results, versions, hardware, commit")
@@ -191,6 +191,13 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.readme and not options.output:
         parser.error("--readme needs --output, whose name is that of the markers")
+    for key in ("rows", "length", "rounds", "ranks", "layers", "rank_counts"):
+        for value in numbers if isinstance(numbers := getattr(options, key, 1), list) else [numbers]:
+            require(value >= 1, key, "1 or more", value)
+    require(getattr(options, "together", 0) >= 0, "together", "0 (all) or more", getattr(options, "together", 0))
+    if options.output:
+        require_publishing(str(options.output), options.readme and str(options.readme))
+        require_writable_file(options.output)
     result = options.run(options)
     if options.run in TABLES:
         table = TABLES[options.run](options, result)

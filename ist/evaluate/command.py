@@ -35,7 +35,7 @@ from ist.evaluate.scorer import (
 from ist.report.statistics import wilson
 from ist.training.command_line import UsageError, command, parse_arguments, require
 from ist.training.data import load_rows, make_prompt
-from ist.training.files import json_digest, read_lines, write_json, write_lines
+from ist.training.files import json_digest, read_lines, write_json, write_lines, writing
 
 
 @dataclass
@@ -159,11 +159,12 @@ def _score(task: Task, scorer: Scorer, mine: list[int], args: EvaluateArguments,
                 found = [(output, answers.extract(output)) for output in outputs]
             else:
                 found = [_most_likely(scorer, prompts[i], task.rows[i], answers) for i in batch]
-            for i, (output, extracted) in zip(batch, found, strict=True):
-                line = {"row": i, "prompt": prompts[i], "output": output, "extracted": extracted}
-                line |= {"gold": answers.gold[i], "right": answers.right(extracted, i)}
-                file.write(json.dumps(line) + "\n")
-            file.flush()
+            with writing(Path(file.name)):
+                for i, (output, extracted) in zip(batch, found, strict=True):
+                    line = {"row": i, "prompt": prompts[i], "output": output, "extracted": extracted}
+                    line |= {"gold": answers.gold[i], "right": answers.right(extracted, i)}
+                    file.write(json.dumps(line) + "\n")
+                file.flush()
 
 
 def _most_likely(scorer: Scorer, prompt: str, row: dict, answers: Answers) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.distributed import from_main, reduce_sum
 from ist.training.command_line import UsageError, brief, require
-from ist.training.data import collate
+from ist.training.data import TEMPLATES, collate
 from ist.training.files import file_digest, json_digest, model_digest, read_object, write_json
 from ist.training.record import require_writable
 from ist.training.weights import load_adapter, load_pretrained
@@ -130,18 +130,44 @@ def require_base(args: ScorerArguments) -> None:
     """Raises UsageError if the folder holds no adapter, or one whose configuration names another base model."""
     if not args.adapter:
         return
-    if not (Path(args.adapter) / "adapter_config.json").exists():
-        raise UsageError(f"--adapter {args.adapter} is not a folder with an adapter (no adapter_config.json).")
-    base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    base = adapter_config(args.adapter).base_model_name_or_path
     if base and Path(base).name.lower() != Path(args.model_name_or_path).name.lower() and not args.any_base:
         raise UsageError(
             f"--adapter {args.adapter} belongs to {base}, not to {args.model_name_or_path}; --any_base true takes it."
         )
 
 
+def adapter_config(folder: str) -> PeftConfig:
+    """
+    Raises:
+        UsageError: the folder holds no adapter, or its configuration is none of PEFT's.
+    """
+    file = Path(folder) / "adapter_config.json"
+    if not file.exists():
+        raise UsageError(f"--adapter {folder} is not a folder with an adapter (no adapter_config.json).")
+    values = read_object(file, "--adapter")
+    try:
+        if not isinstance(values.get("base_model_name_or_path") or "", str):
+            raise TypeError(f"base_model_name_or_path must be a name; got {values['base_model_name_or_path']}")
+        return PeftConfig.from_pretrained(folder)
+    except Exception as error:  # whatever PEFT raises here, it is about this file
+        told = f"it has no {error}" if isinstance(error, KeyError) else brief(error)
+        raise UsageError(f"--adapter {file} is no configuration of PEFT's: {told}. Repair it.") from error
+
+
 def files_digest(files: Iterable[Path]) -> str:
-    """Digest of the files' contents."""
-    return json_digest([file_digest(file) for file in files])[:16]
+    """Digest of the files' contents.
+
+    Raises:
+        UsageError: one cannot be read.
+    """
+    digests = []
+    for file in files:
+        try:
+            digests.append(file_digest(file))
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}. Repair it, or name another one.") from error
+    return json_digest(digests)[:16]
 
 
 def digests_of(args: "ScorerArguments") -> dict[str, str | None]:
@@ -161,7 +187,9 @@ def adapter_digest(folder: str | None) -> str | None:
     if folder is None:
         return None
     file = Path(folder) / "adapter_config.json"
-    listed = {key: sorted(map(str, v)) if isinstance(v, list) else v for key, v in json.loads(file.read_text()).items()}
+    listed = {
+        key: sorted(map(str, v)) if isinstance(v, list) else v for key, v in read_object(file, "--adapter").items()
+    }
     weights = files_digest(path for path in sorted(Path(folder).glob("adapter_*")) if path != file)
     return hashlib.sha256((json.dumps(listed, sort_keys=True) + weights).encode()).hexdigest()[:16]
 
@@ -202,12 +230,19 @@ def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
 
 
 def training_run(folder: str) -> dict | None:
-    """Configuration, commit, best and steps of the run that made the adapter or model, if its run.json is there."""
-    try:
-        run = json.loads((Path(folder) / "../run.json").read_text())
-        return {"configuration": run["configuration"], **{key: run.get(key) for key in ("commit", "best", "steps")}}
-    except (OSError, ValueError, KeyError, TypeError):
+    """Configuration, commit, best and steps of the run that made the adapter or model, if its run.json is there.
+
+    Raises:
+        UsageError: it cannot be read, or is broken: the prompts would be other ones than in training.
+    """
+    file = Path(folder) / "../run.json"
+    if not file.exists():
         return None
+    run = read_object(file)
+    configuration = run.get("configuration")
+    if not isinstance(configuration, dict):  # of something else
+        return None
+    return {"configuration": configuration, **{key: run.get(key) for key in ("commit", "best", "steps")}}
 
 
 def start(args: ScorerArguments) -> tuple[PartialState, dict | None]:
@@ -223,7 +258,11 @@ def start(args: ScorerArguments) -> tuple[PartialState, dict | None]:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     training = training_run(args.adapter or args.model_name_or_path)
     if args.prompt_template is None:
-        args.prompt_template = training["configuration"]["prompt_template"] if training else "alpaca"
+        template = training["configuration"].get("prompt_template", "alpaca") if training else "alpaca"
+        if template not in (*TEMPLATES, "chat"):
+            file = Path(args.adapter or args.model_name_or_path) / "../run.json"
+            raise UsageError(f"{file} has the prompt_template {template}, which is none: give --prompt_template.")
+        args.prompt_template = template
     require_base(args)
     return state, training
 
@@ -239,12 +278,19 @@ WHAT_DIFFERS = {  # digests, in the words of the command line
 }
 
 
-def claim_folder(output_dir: Path, settings: dict, state: PartialState, answered: dict[str, str] | None = None) -> None:
+def claim_folder(
+    output_dir: Path,
+    settings: dict,
+    state: PartialState,
+    answered: dict[str, str] | None = None,
+    results: Sequence[str] = (),
+) -> None:
     """Write the settings that decide the results into their folder, as arguments.json.
 
     Args:
         answered: {task: digest of its rows} of the tasks that the folder may hold answers of. Other tasks of the folder
             stay as they are.
+        results: names of files that depend on the settings.
 
     Raises:
         UsageError: the folder cannot be written, or holds the results of others: other settings, or other rows of a
@@ -254,10 +300,15 @@ def claim_folder(output_dir: Path, settings: dict, state: PartialState, answered
     file = output_dir / "arguments.json"
     earlier = read_object(file, "--output_dir") if file.exists() else None
     rows = (earlier or {}).pop("rows", {})
+    rows = rows if isinstance(rows, dict) else {}
     differing = []
     if earlier is not None:
         keys = [key for key in settings if key not in earlier or settings[key] != earlier[key]]
         differing = [WHAT_DIFFERS.get(key, key) for key in keys]
+    elif any((output_dir / name).exists() for name in results):
+        raise UsageError(
+            f"--output_dir {output_dir} holds results of unknown arguments (no {file.name}). Choose another folder."
+        )
     for task, digest in (answered or {}).items():
         if rows.get(task) != digest and (shards(output_dir, task) or (output_dir / f"{task}.jsonl").exists()):
             differing.append(f"{task} (the rows of --test_file)")

@@ -1,7 +1,5 @@
 """Evaluations compared: accuracy per task and arm over seeds, differences in pairs; and the command itself."""
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,9 @@ import numpy as np
 
 from ist.report.statistics import interval
 from ist.selection import rule_fields
-from ist.training.command_line import UsageError, brief, command, markdown_table
+from ist.training.command_line import PlainParser, UsageError, command, markdown_table
 from ist.training.figures import plot_importance_panels
-from ist.training.files import write_json
+from ist.training.files import read_object, reading, write_json, write_text
 from ist.training.record import (
     IMPORTANCE,
     draw_importance,
@@ -30,27 +28,37 @@ def read_results(folder: Path) -> dict[str, Any]:
         UsageError: no finished evaluation.
     """
     file = folder / "summary.json"
-    try:
-        summary = json.loads(file.read_text())
-        lines = {task: read_lines(folder / f"{task}.jsonl") for task in summary["tasks"]}
-        right = {task: [int(line["right"]) for line in rows] for task, rows in lines.items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder} holds no finished evaluation: {brief(error)}.") from error
+    if not file.exists():
+        raise UsageError(f"{folder} holds no finished evaluation (no summary.json): run python -m ist.evaluate.")
+    summary = read_object(file, "--results")
+    with reading(file, "the summary of a finished evaluation"):
+        model, arm, seed = _arm_of(summary)
+        right = {task: _right(folder / f"{task}.jsonl") for task in dict(summary["tasks"])}
+    return {"file": str(file), "model": model, "arm": arm, "seed": seed, "right": right}
+
+
+def _right(file: Path) -> list[int]:
+    lines = read_lines(file)
+    if not lines or not all(isinstance(line.get("right"), bool) for line in lines):
+        raise UsageError(f"--results {file} holds no answers (lines with right: true or false); evaluate anew.")
+    return [int(line["right"]) for line in lines]
+
+
+def _arm_of(summary: dict[str, Any]) -> tuple[str, str, int | None]:
+    """(the base model's name, the arm, the seed)."""
     training = summary["training"]
     settings = training["configuration"] if training else {}
     model = settings.get("model_name_or_path", summary["arguments"]["model_name_or_path"])  # of a model/: its base
     if not training:
-        arm, seed = summary["arguments"]["adapter"] or "base", None
-    else:
-        arm = (settings.get("adapter") or {"peft_type": settings["peft_method"]})["peft_type"].upper()
-        arm = "FULL" if arm == "NONE" else arm
-        seed = settings["seed"]
-        if settings["selection"] != "all":
-            arm += f" + {settings['selection']}"
-            arm += "" if settings["trained_layers"] == 0.25 else f" ({settings['trained_layers']} layers)"
-            keys = [k.name for k, _ in rule_fields() if settings.get(k.name) not in (None, k.default)]
-            arm += "".join(f" {key} {settings[key]}" for key in keys)
-    return {"file": str(file), "model": Path(model).name, "arm": arm, "seed": seed, "right": right}
+        return Path(model).name, str(summary["arguments"]["adapter"] or "base"), None
+    arm = (settings.get("adapter") or {"peft_type": settings["peft_method"]})["peft_type"].upper()
+    arm = "FULL" if arm == "NONE" else arm
+    if settings["selection"] != "all":
+        arm += f" + {settings['selection']}"
+        arm += "" if settings["trained_layers"] == 0.25 else f" ({settings['trained_layers']} layers)"
+        keys = [k.name for k, _ in rule_fields() if settings.get(k.name) not in (None, k.default)]
+        arm += "".join(f" {key} {settings[key]}" for key in keys)
+    return Path(model).name, arm, settings["seed"]
 
 
 def compare(folders: Sequence[Path]) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def comparison_table(comparison: dict) -> str:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="python -m ist.report",
         description="Draws RUN_DIR/importance.png from a run's files; or compares results of python -m ist.evaluate: "
         "accuracy per task and arm over seeds, and in pairs the differences to all layers and to random ones.",
@@ -152,16 +160,18 @@ def main(argv: Sequence[str]) -> int:
             if not updates:
                 raise UsageError(f"--importance {item}: {folder} has no importance updates to draw.")
         require_writable(args.output_dir)
-        plot_importance_panels(args.output_dir / "importance-panels.png", runs)
+        with reading("--importance " + " ".join(args.importance), "importance that can be drawn"):
+            plot_importance_panels(args.output_dir / "importance-panels.png", runs)
         print(args.output_dir / "importance-panels.png")
         return 0
     if args.run_dir:
-        print(draw_importance(args.run_dir))
+        with reading(args.run_dir, "a run that can be drawn"):
+            print(draw_importance(args.run_dir))
         return 0
     comparison = compare(args.results)
     print(comparison_table(comparison))
     if args.output_dir:
         require_writable(args.output_dir)
         write_json(args.output_dir / "comparison.json", comparison)
-        (args.output_dir / "comparison.md").write_text(comparison_table(comparison) + "\n")
+        write_text(args.output_dir / "comparison.md", comparison_table(comparison) + "\n")
     return 0

@@ -1,6 +1,9 @@
 """Results as JSON that says where they come from, and their tables in a README."""
 
+import errno
 import json
+import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 
 from ist.training.command_line import UsageError
-from ist.training.files import write_text
+from ist.training.files import read_text, write_text, writing
 from ist.training.record import environment
 
 
@@ -30,8 +33,9 @@ def require_place(readme: str | Path, name: str) -> None:
     """Raises UsageError unless the file has a place for the table `name`, before anything is run."""
     if not Path(readme).is_file():
         raise UsageError(f"--readme {readme}: no such file.")
-    if f"<!-- {name} -->" not in Path(readme).read_text():
-        raise UsageError(f"--readme {readme} has no place <!-- {name} --> for the tables.")
+    places = re.findall(f"<!-- {re.escape(name)} -->\n|\n<!-- /{re.escape(name)} -->\n", read_text(Path(readme)))
+    if [place.strip() for place in places] != [f"<!-- {name} -->", f"<!-- /{name} -->"]:
+        raise UsageError(f"--readme {readme} has no place <!-- {name} --> to <!-- /{name} --> for the tables.")
 
 
 def require_publishing(publish: str | None, readme: str | None) -> None:
@@ -40,6 +44,18 @@ def require_publishing(publish: str | None, readme: str | None) -> None:
         raise UsageError("--readme needs --publish, whose name is that of the markers.")
     if readme:
         require_place(readme, Path(publish).stem)
+
+
+def require_writable_file(file: Path) -> None:
+    """Raises UsageError unless the file can be written, before anything is run."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {file} cannot be written: {error.strerror}. Name another file.") from error
 
 
 def table_in(text: str, name: str) -> str:
@@ -81,7 +97,8 @@ def publish(
     facts = environment(accelerator)
     head = {"command": command, "date": datetime.now(UTC).date().isoformat()}
     head |= {key: facts[key] for key in ("versions", "commit", "hardware")}
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     whole = head | result
     write_text(file, _as_text(whole))
     if readme:

@@ -4,7 +4,9 @@ Bad input is a `UsageError`: one line that names the key, the value and the reme
 once, exit code 2.
 """
 
+import argparse
 import difflib
+import errno
 import functools
 import logging
 import os
@@ -62,11 +64,21 @@ def brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-class _Parser(HfArgumentParser):
+class _OneLine:
+    """Of a parser: an error is a UsageError, without the usage above it."""
+
     def error(self, message: str) -> None:
         message = re.sub(r"argument (--\w+)\S*: invalid (\w+) value: (.*)", r"\1 must be of type \2; got \3", message)
         message = re.sub(r"argument (--\w+)\S*:", r"\1:", message)
         raise UsageError(message.rstrip(".") + ". See --help.")
+
+
+class _Parser(_OneLine, HfArgumentParser):
+    pass
+
+
+class PlainParser(_OneLine, argparse.ArgumentParser):
+    """argparse's parser, for commands with subcommands or without keys for all that they take."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -191,6 +203,13 @@ def _protect_streams() -> None:
         setattr(sys, name, _LossyStream(stream))
 
 
+# What the system refuses, whatever is written or read: nobody's bug.
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.EFBIG, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+}
+
+
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Run a command and exit with its code: a UsageError becomes one line and code 2, a WriteError one and code 1."""
     _protect_streams()
@@ -199,6 +218,12 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     except (UsageError, WriteError) as error:
         print_error(error)
         code = 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(OSError(f"{where}{error.strerror}. Free space, or choose another place, and run it again."))
+        code = 1
     sys.exit(code)
 
 

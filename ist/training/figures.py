@@ -88,6 +88,14 @@ def plot_importance(
 
 def _plot_scores(left: Axes, updates: list[dict], colours: ScalarMappable) -> None:
     n_layers = len(updates[0]["probabilities"]) if updates else 0
+    for update in updates:
+        values = update["probabilities"]
+        fits = isinstance(values, list) and len(values) == n_layers > 0
+        if not fits or not all(isinstance(one, (int, float)) and 0 <= one <= 1 for one in values):
+            told = str(values)[:60]
+            raise ValueError(
+                f"probabilities of step {update['step']} must be {n_layers} numbers from 0 to 1; got {told}"
+            )
     for i in range(n_layers):
         at = [0] + [update["step"] for update in updates]
         left.plot(at, [0.5] + [update["probabilities"][i] for update in updates], color=colours.to_rgba(i), lw=1.2)

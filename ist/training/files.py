@@ -55,6 +55,22 @@ def read_object(path: Path, key: str = "") -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def reading(name: Any, what: str) -> Iterator[None]:
+    """Around what takes values out of a file or a folder: `name`, which ought to be `what`.
+
+    Raises:
+        ReadError: a value is not there, or of another kind.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        told = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise ReadError(f"{name} is not {what}: {told}. Repair or remove it, or name another one.") from error
+
+
 class WriteError(Exception):
     """A file cannot be written: no space, a quota, a folder that is gone or read-only, a disk that fails."""
 
@@ -141,7 +157,7 @@ def read_lines(path: Path) -> list[dict]:
             continue
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict):
             lines.append(line)

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from ist.config import ConfigError
 from ist.training.command_line import UsageError, brief
+from ist.training.files import reading
 
 
 @dataclass
@@ -65,11 +67,14 @@ class Experiment:
                 values.get("evaluate"),
                 values.get("answer_texts", False),
             )
+            with reading(path, "like the files of launch/experiments/"):
+                _check(path, arms, experiment)
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}.") from error
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise UsageError(f"{path} is not like the files of launch/experiments/: {brief(error)}.") from error
-        _check(path, arms, experiment)
         wanted = list(only or arms)
         for name in wanted:  # grows as arms name others
             if name not in arms:
@@ -82,6 +87,10 @@ class Experiment:
 
 def _check(path: str, arms: dict[str, Arm], experiment: Experiment) -> None:
     """Raises UsageError for mistakes that would show only after hours."""
+    for key in ("recipe", "evaluate"):
+        value = getattr(experiment, key)
+        if not isinstance(value, dict) and (key == "recipe" or value is not None):
+            raise UsageError(f"{path}: {key} must hold `key: value` lines; got {value!r}.")
     for one, two in experiment.pairs:
         if missing := {one, two} - arms.keys():
             raise UsageError(f"{path}: pairs has no arm {missing.pop()!r}; it has {', '.join(arms)}.")
@@ -91,7 +100,8 @@ def _check(path: str, arms: dict[str, Arm], experiment: Experiment) -> None:
     whole = isinstance(experiment.seeds, list) and all(isinstance(seed, int) for seed in experiment.seeds)
     if not whole or not experiment.seeds or experiment.tuning_seed in experiment.seeds:
         raise UsageError(f"{path}: seeds must be a list of numbers without that of tuning; got {experiment.seeds}.")
-    if set(experiment.split) != {"test", "tuning"}:
+    sizes = experiment.split.values() if isinstance(experiment.split, dict) else ()
+    if set(experiment.split) != {"test", "tuning"} or not all(type(size) is int and size > 0 for size in sizes):
         raise UsageError(f"{path}: split must name test and tuning rows; got {experiment.split}.")
 
 

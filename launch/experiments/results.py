@@ -16,7 +16,7 @@ from ist.benchmark.arms import WINDOW, arguments_of
 from ist.benchmark.speed import ratio_of, take_turns
 from ist.report.tables import joined, listed
 from ist.training.command_line import UsageError
-from ist.training.files import IMPORTANCE, METRICS, keep_lines, read_lines, write_json
+from ist.training.files import IMPORTANCE, METRICS, keep_lines, read_lines, read_object, reading, write_json, writing
 from ist.training.memory import SavedByLayer, counting
 from ist.training.model import plan_layers
 from ist.training.peft_config import make_peft_config
@@ -34,7 +34,8 @@ def run_name(arm: str, seed: int) -> str:
 
 def write_results(folder: Path, summary: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
     """Write a folder of results; files of runs that are not among `runs` are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     names = {run_name(run["arm"], run["seed"]): run for run in runs}
     for name, run in names.items():
         write_json(folder / name, run)
@@ -50,13 +51,16 @@ def read_results(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: no folder of results, or the file of a run is missing.
     """
-    try:
-        results = json.loads((folder / SUMMARY).read_text())
+    if not (folder / SUMMARY).exists():
+        raise UsageError(f"{folder} holds no whole results of an experiment: no {SUMMARY}.")
+    results = read_object(folder / SUMMARY)
+    with reading(folder, "a folder with the results of an experiment"):
         for name, arm in results["arms"].items():
-            arm["runs"] = [json.loads((folder / run_name(name, seed)).read_text()) for seed in results["seeds"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder} holds no whole results of an experiment: {error}.") from error
-    return results | joined([run for arm in results["arms"].values() for run in arm["runs"]])
+            files = [folder / run_name(name, seed) for seed in results["seeds"]]
+            if missing := [file for file in files if not file.exists()]:
+                raise UsageError(f"{folder} holds no whole results of an experiment: no {missing[0].name}.")
+            arm["runs"] = [read_object(file) for file in files]
+        return results | joined([run for arm in results["arms"].values() for run in arm["runs"]])
 
 
 def bytes_by_part(flags: dict[str, Any], trained: Sequence[Sequence[int]], tokens: float) -> dict[str, float]:
@@ -97,8 +101,9 @@ def result_of(arm: str, flags: dict[str, Any]) -> tuple[dict[str, Any], list[lis
     }
     file = run / "evaluation" / "summary.json"
     if file.exists():
-        summary = json.loads(file.read_text())
-        result |= {"exact": summary["average"], "tasks": {k: v["accuracy"] for k, v in summary["tasks"].items()}}
+        summary = read_object(file)
+        with reading(file, "the summary of an evaluation"):
+            result |= {"exact": summary["average"], "tasks": {k: v["accuracy"] for k, v in summary["tasks"].items()}}
     return result, [line["trained_layers"] for line in steps]
 
 

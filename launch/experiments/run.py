@@ -23,7 +23,7 @@ quiet_known_warnings()
 from ist.benchmark.arms import arguments_of
 from ist.report.tables import insert_table, listed, require_place
 from ist.training.command_line import UsageError, command, parse_arguments, require, run_command
-from ist.training.files import write_text
+from ist.training.files import read_object, write_text
 from ist.training.model import plan_layers
 from ist.training.record import read_run, require_writable
 from launch.experiments.design import Experiment
@@ -115,7 +115,7 @@ def run_arms(runner: Runner, facts: dict[str, Any]) -> tuple[dict[str, Any], lis
     timed = measure_seconds(runner.where.output_dir / "seconds.jsonl", {name: one[0] for name, one in flags.items()})
     base: dict[str, Any] = {"validation": runs[0]["validation"][0][1]}
     if experiment.evaluate:
-        base["exact"] = json.loads((runner.folder / "base" / "summary.json").read_text())["average"]
+        base["exact"] = read_object(runner.folder / "base" / "summary.json")["average"]
     return {
         **facts,
         "global_batch_size": global_batch_size(finals),

@@ -6,7 +6,6 @@ FOLDER: launch/experiments/results/* by default. With --readme the tables go int
 <!-- NAME --> and <!-- /NAME -->, NAME being the folder's, and the pictures go into the folder.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ from typing import Any
 
 from ist.report.figures import plot_arms
 from ist.report.statistics import paired
-from ist.report.tables import insert_table
-from ist.training.command_line import UsageError, markdown_table, run_command
+from ist.report.tables import insert_table, require_place
+from ist.training.command_line import PlainParser, UsageError, command, markdown_table, run_command
 from ist.training.figures import drawn, plot_importance_panels
+from ist.training.files import reading
 from launch.experiments.results import SUMMARY, read_results
 from launch.experiments.runner import lowest
 
@@ -126,8 +126,9 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     return pictures
 
 
+@command
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.tables", description=__doc__.split("\n")[0])
+    parser = PlainParser(prog="python -m launch.experiments.tables", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="results; default: all in results/")
     parser.add_argument("--readme", type=Path, metavar="FILE.md", help="write the tables into it, between markers")
     args = parser.parse_args(argv)
@@ -135,7 +136,10 @@ def main(argv: Sequence[str]) -> int:
     if args.readme and not args.readme.is_file():
         raise UsageError(f"--readme {args.readme}: no such file.")
     for folder in folders:
-        table = experiment_table(folder)
+        if args.readme:
+            require_place(args.readme, folder.name)
+        with reading(folder, "a folder with the results of an experiment"):
+            table = experiment_table(folder)
         print(table)
         if args.readme:
             insert_table(args.readme, folder.name, table)

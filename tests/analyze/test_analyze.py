@@ -239,7 +239,7 @@ def test_weights_replaced_in_place_are_other_weights(folder, tmp_path, capsys):
     replace(tmp_path / "twin/model.safetensors")  # of a line: measured again
     run(folder, tmp_path / "out", *flags)
     assert result(tmp_path / "out")["losses"]["twin"] != before
-    assert "twin: other weights than those measured before; its loss is measured again." in capsys.readouterr().out
+    assert "twin: not what was measured before under this name; its loss is measured again." in capsys.readouterr().out
     replace(tmp_path / "base/tiny/model.safetensors")
     with pytest.raises(UsageError, match=r"results of another model_digest \(the files of --model_name_or_path\)"):
         run(folder, tmp_path / "out", *flags)
