@@ -147,7 +147,8 @@ def run(job: Job, accelerator: Accelerator, facts: dict[str, Any], observer: Obs
         return 1
     except BaseException as error:
         if record:
-            record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=brief(error))
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            record.close(status, quiet=isinstance(error, WriteError), error=brief(error))
         if isinstance(error, ConfigError):
             error = as_usage_error(error)
         elif isinstance(error, WriteError):

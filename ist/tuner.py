@@ -161,8 +161,15 @@ class SparseTuner:
         return {**self.rule.state_dict(), "trained_counts": self.trained_counts}
 
     def load_state_dict(self, state: dict) -> None:
+        """
+        Raises:
+            ValueError: it is of a model with another number of layers.
+        """
         self.rule.load_state_dict(state)
-        self.trained_counts = list(state["trained_counts"])
+        counts = list(state["trained_counts"])
+        if len(counts) != len(self.trained_counts) or any(type(count) is not int for count in counts):
+            raise ValueError(f"trained_counts must be {len(self.trained_counts)} integers; got {counts}")
+        self.trained_counts = counts
         self._plan = {}
 
     def _require_batches(self) -> ProbeBatches:

@@ -34,7 +34,6 @@ from ist.evaluate.scorer import (
     digests_of,
     files_digest,
     load_scorer,
-    load_tokenizer,
     read_text,
     require_base,
     start,
@@ -43,7 +42,7 @@ from ist.evaluate.scorer import (
 from ist.loss import count_predicted
 from ist.report.tables import publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
-from ist.training.data import Data, collate, encode_rows, load_rows
+from ist.training.data import Data, collate, encode_rows, load_rows, load_tokenizer
 from ist.training.figures import drawn
 from ist.training.files import IMPORTANCE, append_line, keep_lines, model_digest, read_lines, read_object, replacing
 from ist.training.model import require_fitting

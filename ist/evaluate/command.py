@@ -26,7 +26,6 @@ from ist.evaluate.scorer import (
     deciding,
     digests_of,
     load_scorer,
-    load_tokenizer,
     progress,
     read_text,
     shards,
@@ -34,7 +33,7 @@ from ist.evaluate.scorer import (
 )
 from ist.report.statistics import wilson
 from ist.training.command_line import UsageError, command, parse_arguments, require
-from ist.training.data import load_rows, make_prompt
+from ist.training.data import load_rows, load_tokenizer, make_prompt
 from ist.training.files import json_digest, read_lines, write_json, write_lines, writing
 
 

@@ -18,12 +18,12 @@ from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.distributed import from_main, reduce_sum
 from ist.training.command_line import UsageError, brief, require
-from ist.training.data import TEMPLATES, collate
+from ist.training.data import TEMPLATES, collate, load_tokenizer
 from ist.training.files import file_digest, json_digest, model_digest, read_object, write_json
 from ist.training.record import require_writable
 from ist.training.weights import load_adapter, load_pretrained
@@ -205,22 +205,8 @@ def read_text(key: str, file: str) -> str:
     return text
 
 
-def load_tokenizer(key: str, folder: str, template: str | None = None) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        UsageError: there is none, or `template` is chat and it has no chat template.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except Exception as error:
-        raise UsageError(f"--{key} {folder} has no tokenizer: {brief(error)}") from error
-    if template == "chat" and not tokenizer.chat_template:
-        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
-    return tokenizer
-
-
 def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
-    tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path, args.prompt_template)
+    tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path, args.prompt_template, padding_side="left")
     model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, dtype=args.dtype)
     if args.adapter:
         model = load_adapter(model, args.adapter)

@@ -249,11 +249,10 @@ def load_optimizer(
     """
     states: dict[str, dict] = {name: dict(values) for name, values in state["optimizer"].items()}
     packed = isinstance(optimizer, PackedAdamW)
-    unfit = UsageError(f"--resume_from_checkpoint {path} does not fit the model: its optimizer is of other parameters.")
     for key, tensor in _load(path / "optimizer.safetensors").items():
         name, _, entry = key.rpartition("|")
         if name not in parameters:
-            raise unfit
+            raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: it has no parameter {name}.")
         sharded = not packed and entry != "step" and tensor.shape == parameters[name].shape
         states.setdefault(name, {})[entry] = like(tensor, parameters[name]) if sharded else tensor
     moments = {"exp_avg", "exp_avg_sq", "step", *(["indices"] if packed else [])}
@@ -299,6 +298,21 @@ class Progress:
     loss: float | None = None
     validation_loss: float | None = None
     best: dict | None = None
+
+    @classmethod
+    def of(cls, state: dict) -> "Progress":
+        """Of a checkpoint's state.
+
+        Raises:
+            ValueError: one of its values is missing, or of another type.
+        """
+        progress = cls(**{key.name: state.get(key.name) for key in fields(cls)})
+        best = {"step": 0, "validation_loss": 0.0} if progress.best is None else progress.best
+        counts = (progress.step, progress.tokens, best["step"])
+        losses = (progress.loss or 0.0, progress.validation_loss or 0.0, best["validation_loss"])
+        if any(type(count) is not int for count in counts) or not all(isinstance(one, (int, float)) for one in losses):
+            raise ValueError("step, tokens, loss, validation_loss or best is missing, or of another type")
+        return progress
 
     def advance(self, tokens: int) -> None:
         """A step is finished; its global batch had so many tokens."""
@@ -362,17 +376,19 @@ class Checkpoints:
         progress = Progress()
         if checkpoint:
             path, state = checkpoint
-            self.extensions.load(load_adapter(path, self.adapter()), state)
             load_optimizer(path, state, self.optimizer, self.parameters)
             try:
+                progress = Progress.of(state)
+                self.extensions.load(load_adapter(path, self.adapter()), state)
+                if missing := {"_last_lr", "last_epoch"} - state["scheduler"].keys():
+                    raise ValueError(f"scheduler has no {missing.pop()}")
                 self.scheduler.load_state_dict(state["scheduler"])
                 for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
                     group["lr"] = float(learning_rate)
                 self.tuner.load_state_dict(state["tuner"])
             except (AttributeError, KeyError, TypeError, ValueError) as error:  # of an edited state
-                reason = f"{STATE} is not that of such a run ({brief(error)})"
+                reason = f"{STATE} does not fit this run ({brief(error)})"
                 raise UsageError(f"--resume_from_checkpoint {path} cannot be used: {reason}.") from error
-            progress = Progress(**{key.name: state.get(key.name) for key in fields(Progress)})
             best = progress.best
             if best and not (self.folder / step_name(best["step"])).exists():
                 if self.write:

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ist.loss import IGNORE, count_predicted
 from ist.sampler import seeded_generator
@@ -255,18 +255,29 @@ class Data(NamedTuple):
     pad_token_id: int
 
 
+def load_tokenizer(key: str, name: str, template: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained(name, **options)`; `key` is the argument that names it, for the messages.
+
+    Raises:
+        UsageError: there is none, or `template` is chat and it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        raise UsageError(f"--{key} {name} has no tokenizer: {brief(error)}") from error
+    if template == "chat" and not tokenizer.chat_template:
+        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
+    return tokenizer
+
+
 def prepare_data(args: Arguments) -> Data:
     """Rows read, split and tokenised.
 
     Raises:
         UsageError: a file, a row, a split or a tokenizer that cannot be used.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    except Exception as error:
-        raise UsageError(f"--model_name_or_path {args.model_name_or_path} has no tokenizer: {brief(error)}") from error
-    if args.prompt_template == "chat" and not tokenizer.chat_template:
-        raise UsageError("--prompt_template chat: the model's tokenizer has no chat template; use another template.")
+    name, trust = args.model_name_or_path, args.trust_remote_code
+    tokenizer = load_tokenizer("model_name_or_path", name, args.prompt_template, trust_remote_code=trust)
     key = "train_file" if args.train_file else "dataset_name"
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

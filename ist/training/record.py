@@ -1,6 +1,5 @@
 """The record of a run: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same numbers for trackers."""
 
-import json
 import os
 import platform
 import resource
@@ -8,6 +7,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from ist.training.files import (
     append_line,
     keep_lines,
     read_lines,
-    read_text,
+    read_object,
     replacing,
     write_json,
 )
@@ -46,18 +46,15 @@ def read_run(output_dir: Path) -> dict | None:
     """run.json of a run, or None where there is none.
 
     Raises:
-        UsageError: it is no JSON, or not that of a run.
+        ReadError: it is no JSON object, or cannot be read.
+        UsageError: it is not that of a run.
     """
     path = output_dir / RUN
-    try:
-        run = json.loads(read_text(path))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read ({error}); repair or remove it.") from error
-    kinds = {"status": str, "start": str, "configuration": dict}
-    for key, kind in kinds.items():
-        if not isinstance(run, dict) or not isinstance(run.get(key), kind):
+    run = read_object(path)
+    for key, kind in {"status": str, "start": str, "configuration": dict}.items():
+        if not isinstance(run.get(key), kind):
             raise UsageError(f"{path} is not that of a run: it has no {key}. Repair or remove it.")
     return run
 
@@ -175,7 +172,7 @@ class RunRecord:
         self._lost = bool(earlier.get("wandb_run_id")) and not earlier.get("wandb_complete")
         self._scores: list[list[float]] = []
         if self.main:
-            # Room for the last word of a run whose disk has become full.
+            # Given back by close(), so that run.json can be written when the disk has become full.
             with replacing(output_dir / RESERVE) as file:
                 file.write_bytes(os.urandom(RESERVE_BYTES))
             write_json(output_dir / RUN, self.summary)
@@ -232,11 +229,14 @@ class RunRecord:
         """Update run.json's content, which is written at the next change of status."""
         self.summary.update(facts)
 
-    def close(self, status: str, **facts: Any) -> None:
+    def close(self, status: str, quiet: bool = False, **facts: Any) -> None:
         """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture.
 
         W&B puts a run of a sweep that is marked as preempting back into the sweep's queue. SIGUSR1 and SIGUSR2 are a
         cluster's; SIGTERM is how W&B itself ends a run of a sweep early, and Ctrl-C is a user's.
+
+        Args:
+            quiet: no line where run.json cannot be written: the run has ended with a WriteError, which is one.
 
         Raises:
             WriteError: the run is finished, and run.json cannot say so.
@@ -244,8 +244,9 @@ class RunRecord:
         self.summary.update(status=status, end=_now(), **facts)
         if not self.main:
             return
-        (self.output_dir / RESERVE).unlink(missing_ok=True)
-        self._write_summary(must=status == "finished")
+        with suppress(OSError):  # a disk that is read-only by now
+            (self.output_dir / RESERVE).unlink(missing_ok=True)
+        self._write_summary(required=status == "finished", quiet=quiet)
         if (self.output_dir / METRICS).exists():
             try:
                 draw_importance(self.output_dir)
@@ -258,16 +259,22 @@ class RunRecord:
                 self._track(run.mark_preempting)
             self._track(run.finish, exit_code={"finished": 0, "interrupted": 3}.get(status, 1))
             self.summary["wandb_complete"] = bool(self.accelerator.trackers)
-            self._write_summary(must=False)
+            self._write_summary(required=False, quiet=quiet)
 
-    def _write_summary(self, must: bool) -> None:
-        """run.json as it is now. Where it is no `must`, an error is printed: it must not hide the one that led here."""
+    def _write_summary(self, required: bool, quiet: bool) -> None:
+        """Write run.json. If it cannot be written and is not `required`, a line says so: the error that the run has
+        ended with must not be hidden by this one.
+
+        Raises:
+            WriteError: it is required, and cannot be written.
+        """
         try:
             write_json(self.output_dir / RUN, self.summary)
         except WriteError as error:
-            if must:
+            if required:
                 raise
-            print(f"{error}.", file=sys.stderr)
+            if not quiet:
+                print(f"{error}.", file=sys.stderr)
 
     def artifact(self, folder: Path) -> None:
         """Give a folder (adapter/ or model/) to W&B."""

@@ -33,6 +33,7 @@ from ist.training.checkpoint import checkpoint_steps, find_checkpoint
 from ist.training.command_line import run_command
 from ist.training.word_problems import arithmetic_rows
 from support import make_tiny, read_lines, reset_accelerate
+from support.suites import write_results
 
 STEPS = 12
 
@@ -144,7 +145,7 @@ def resumed(bench: Bench, run: Path) -> dict:
 
 
 def begun(bench: Bench, run: Path, **options) -> subprocess.Popen:
-    """A run that has logged three steps."""
+    """A run that has logged three steps, and is held by SIGSTOP until it gets SIGCONT."""
     process = subprocess.Popen(
         bench.command(run, **options),
         env=bench.environment(),
@@ -154,27 +155,32 @@ def begun(bench: Bench, run: Path, **options) -> subprocess.Popen:
     )
     while not (run / "metrics.jsonl").exists() or len(read_lines(run / "metrics.jsonl")) < 3:
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    assert len(read_lines(run / "metrics.jsonl")) < STEPS, "the run was faster than its observer"
     return process
 
 
 def failing_disk(bench: Bench, how: str) -> dict:
-    """The disk becomes full, or the run folder goes away, between two steps; then it is as before."""
+    """The disk becomes full, or the run folder goes away, while the run is held; later both are as before."""
     with disk(bench.folder / "disk", 64 << 20) as folder:
         run, filler = folder / "run", folder / "filler"
-        process = begun(bench, run, max_steps=STEPS)
+        process = begun(bench, run)
         if how == "filled":
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
                 while file.write(b"\0" * 4096):
                     pass
         else:
             run.rename(folder / "away")
+        process.send_signal(signal.SIGCONT)
         _, stderr = process.communicate(timeout=120)
         filler.unlink(missing_ok=True)
         if how == "gone":
             assert not run.exists(), list(run.iterdir())
+            assert process.returncode == 1, stderr
+            assert len(error_lines(stderr)) == 1, stderr
             (folder / "away").rename(run)
-            return {"code": process.returncode, "lines": len(error_lines(stderr))} | resumed(bench, run)
+            return {"code": process.returncode} | resumed(bench, run)
         outcome = judge(bench, run, process.returncode, stderr, "No space left")
         return outcome | resumed(bench, run)
 
@@ -184,8 +190,9 @@ def stopped(bench: Bench, name: str, number: signal.Signals) -> dict:
     run = bench.folder / name
     process = begun(bench, run)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode in (0, 3), stderr  # 0: it was at its end already
+    assert process.returncode == 3, stderr
     return {"signal": number.name, "code": process.returncode} | resumed(bench, run)
 
 
@@ -207,9 +214,8 @@ def piped(bench: Bench, name: str) -> dict:
     script = PIPES[name].format(command=" ".join(bench.command(run)))
     subprocess.run(["bash", "-c", script], env=bench.environment(), capture_output=True, text=True, timeout=120)
     deadline = time.monotonic() + 60  # bash does not wait for what a process substitution reads from
-    while not (run / "adapter").exists() and time.monotonic() < deadline:
+    while (status := json.loads((run / "run.json").read_text())["status"]) == "running" and time.monotonic() < deadline:
         time.sleep(0.1)
-    status = json.loads((run / "run.json").read_text())["status"]
     return {"stream": name, "status": status, "end": "equal" if bench.equals_whole(run) else "another"}
 
 
@@ -217,10 +223,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--disks", type=int, default=15, help="Amounts of disk to try.")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "tests/results/faults.md", help="The table.")
+    parser.add_argument("--output", type=Path, help="A Markdown file for the table.")
     options = parser.parse_args()
     generator = random.Random(options.seed)
-    rows = []
+    results = []
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(Path(work))
         attempts = [(full_disk, int(bench.bytes * generator.uniform(0.02, 1.0))) for _ in range(options.disks)]
@@ -231,10 +237,18 @@ def main() -> None:
             try:
                 outcome = attempt(bench, *arguments)
             except (AssertionError, subprocess.TimeoutExpired) as error:
-                outcome = {"broken": " ".join(str(error).split())[-400:]}
+                outcome = {"fault": " ".join(str(error).split())[-400:]}
             print(attempt.__name__, *arguments, outcome, flush=True)
-            rows.append((attempt.__name__, str(arguments[0]), json.dumps(outcome)))
-    sys.exit(any("broken" in row[2] or "another" in row[2] for row in rows))
+            result = {"topology": "one", "number": len(results), "what": str(arguments[0])}
+            result |= {"kind": attempt.__name__ + ("" if attempt is full_disk else f", {arguments[0]}")}
+            result["outcome"] = "fault" if "fault" in outcome else outcome["end"]
+            if result["outcome"] != "equal":
+                result["fault"] = outcome.get("fault", "another adapter")
+            results.append(result)
+    if options.output:
+        command = f"Made by tests/support/faults.py: seed {options.seed}, {options.disks} sizes of disk."
+        write_results(options.output, "Faults of the machine", command, ("equal", "another", "fault"), results)
+    sys.exit(any("fault" in result for result in results))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,13 @@
 import pytest
 from support import damage, kills
 
-# Kinds of which the suite has found cases that neither refuse nor reach the undisturbed end.
-OPEN = {
-    *("folder is a file", "folder is a dangling link", "folder is a link to another", "record: a bad line"),
-    *("record: replaced", "run.json: strange text", "resealed: optimizer of another dtype"),
-    *("resealed: another type", "resealed: key dropped"),
-}
-
 
 @pytest.mark.parametrize(
     ("topology", "times"),
     [("one", 12), pytest.param("ddp", 4, marks=pytest.mark.slow), pytest.param("fsdp2", 4, marks=pytest.mark.slow)],
 )
 def test_a_damaged_run_refuses_or_reaches_the_undisturbed_end(topology, times, tmp_path):
-    kinds = [kind for kind in damage.KINDS if kind not in OPEN]
-    results = list(damage.launch(topology, tmp_path, times, kinds=kinds))
+    results = list(damage.launch(topology, tmp_path, times))
     assert [result["number"] for result in results] == list(range(times))
     assert not [result for result in results if "fault" in result]
     assert {result["outcome"] for result in results} <= {"refused", "fell back, equal", "equal"}
