@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
 from ist.training.arguments import parse_training_arguments, resolve_batches, resolve_output_dir
 from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint, last_checkpoint
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
-from ist.training.data import prepare_data
+from ist.training.data import content_digests, prepare_data
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
 from ist.training.files import WriteError
@@ -98,9 +99,8 @@ def start(
     resumed_batch_size = checkpoint[1]["configuration"]["global_batch_size"] if checkpoint else None
     args = resolve_batches(planned.args, config, accelerator.num_processes, resumed_batch_size)
     configuration = asdict(args)
-    if not args.plan and from_main(lambda: is_finished_run(output_dir, configuration, resume != "none"), UsageError):
-        accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
-        return 0
+    look = partial(is_finished_run, output_dir, configuration, resume != "none")
+    finished = not args.plan and from_main(look, UsageError)
 
     # Data, before any weight is loaded.
     data = in_turns(lambda: prepare_data(args))
@@ -118,6 +118,11 @@ def start(
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     if args.peft_config:
         configuration["adapter"] = as_json(peft_config)
+    configuration |= from_main(lambda: content_digests(args.model_name_or_path, data), UsageError)
+    if finished:
+        from_main(look, UsageError)  # again, as the content of rows and weights is known now
+        accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
+        return 0
     if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
     if checkpoint and checkpoint[1]["step"] > max_steps:

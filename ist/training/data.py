@@ -21,7 +21,7 @@ from ist.loss import IGNORE, count_predicted
 from ist.sampler import seeded_generator
 from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError, brief, require
-from ist.training.files import file_digest
+from ist.training.files import file_digest, model_digest
 
 _INTRO = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
@@ -296,6 +296,29 @@ def prepare_data(args: Arguments) -> Data:
         validation, _ = encode_rows(validation, "validation_file" if args.validation_file else key, *encoding)
     pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     return Data(rows, validation, dropped, pad_token_id)
+
+
+def rows_digest(rows: Dataset) -> str:
+    """sha256 of encoded rows in their order: of every token and label, and of where each row ends."""
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000):
+        for column in ("input_ids", "labels"):
+            lists = batch[column].combine_chunks()
+            for values in (lists.value_lengths(), lists.flatten()):
+                digest.update(values.to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def content_digests(model_name_or_path: str, data: Data) -> dict[str, str]:
+    """What a run is made from, by content and not by name, for its configuration: it resumes on the same alone.
+
+    Raises:
+        ReadError: the model's files cannot be read.
+    """
+    digests = {"model_digest": model_digest(model_name_or_path), "train_digest": rows_digest(data.rows)}
+    if data.validation is not None:
+        digests["validation_digest"] = rows_digest(data.validation)
+    return digests
 
 
 class GlobalBatches:

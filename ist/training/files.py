@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,8 @@ def model_digest(path_or_name: str) -> str:
     if not files:
         raise ReadError(f"{folder} holds no files of a model. Name the folder of a model, or a model on the Hub.")
     try:
-        return json_digest([[file.name, file_digest(file)] for file in files])
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves Python to other threads
+            return json_digest([[file.name, digest] for file, digest in zip(files, pool.map(file_digest, files))])
     except OSError as error:
         raise ReadError(f"{error.filename} cannot be read: {error.strerror}. Repair or remove it.") from error
 

@@ -40,6 +40,11 @@ from ist.training.files import (
 from ist.training.trackers import importance_values, tracked_values
 
 RESERVE_BYTES = 1 << 16
+CONTENT = {  # digests in a configuration, and of what
+    "model_digest": "the base model's files",
+    "train_digest": "the encoded training rows",
+    "validation_digest": "the encoded validation rows",
+}
 
 
 def read_run(output_dir: Path) -> dict | None:
@@ -95,12 +100,16 @@ def _flat(configuration: dict) -> dict:
 
 def differing_keys(there: dict, here: dict) -> str:
     """The keys, with both values, that keep one configuration from resuming another's run; empty without any."""
-    if ("adapter" in there) != ("adapter" in here):
-        return f"peft_config ({'given' if 'adapter' in there else 'none'} there, the other way here)"
+    if bool(there.get("peft_config")) != bool(here.get("peft_config")):
+        return f"peft_config ({'given' if there.get('peft_config') else 'none'} there, the other way here)"
     there, here = _flat(there), _flat(here)
     free = {key for group in ARGUMENTS for key in getattr(group, "free_keys", ())}
     keys = sorted((there.keys() & here.keys()) - free)
-    return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys if there[key] != here[key])
+    return ", ".join(
+        f"{key} ({CONTENT[key]} have changed)" if key in CONTENT else f"{key} ({there[key]} there, {here[key]} here)"
+        for key in keys
+        if there[key] != here[key]
+    )
 
 
 def require_writable(output_dir: Path) -> None:

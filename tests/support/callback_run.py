@@ -80,3 +80,5 @@ if __name__ == "__main__":
         "scores": callback.tuner.rule.scores.tolist(),
     }
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer leaves while the group is up
+    trainer.accelerator.end_training()

@@ -100,7 +100,7 @@ class Interruptions:
         objective.token_loss_sum = self.at(objective.token_loss_sum)
         ist.loss.token_loss_sum = self.at(ist.loss.token_loss_sum)
         ist.probe.row_loss_sums = self.at(ist.probe.row_loss_sums)
-        for name in ("gathered", "_split_optimizer", "save_file", "write_json", "publish"):
+        for name in ("gathered", "_split_optimizer", "save_file", "write_json", "publishing"):
             setattr(ist.training.checkpoint, name, self.at(getattr(ist.training.checkpoint, name), "save"))
 
 

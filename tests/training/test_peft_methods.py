@@ -16,7 +16,7 @@ from ist.training.command_line import UsageError
 from ist.training.data import encode
 
 
-def test_a_peft_config_with_some_layers_and_a_module_trained_whole(train, tmp_path):
+def test_a_peft_config_with_some_layers_and_a_module_trained_whole(train, tmp_path, capsys):
     """As PEFT saved it, for inference and another base: N_L counts its layers, and what is in none always trains."""
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 1, 3], modules_to_save=["lm_head"])
     config.inference_mode, config.base_model_name_or_path = True, "another/model"
@@ -30,6 +30,9 @@ def test_a_peft_config_with_some_layers_and_a_module_trained_whole(train, tmp_pa
     saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     assert sum("lora_" in name for name in saved) == 3 * 2
     assert any("lm_head" in name for name in saved)
+    capsys.readouterr()
+    assert train(**options, trained_layers=1, save_steps=10) == 0
+    assert "finished; nothing to do" in capsys.readouterr().out
     config.r = 3
     config.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"another configuration: adapter.r \(2 there, 3 here\)"):

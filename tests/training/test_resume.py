@@ -312,6 +312,49 @@ def test_a_checkpoint_of_another_configuration_names_the_keys(train, tmp_path):
               per_device_train_batch_size=3)  # fmt: skip
 
 
+def _reorder(folder: Path) -> None:
+    rows = json.loads((folder / "rows.json").read_text())
+    (folder / "rows.json").write_text(json.dumps(rows[::-1]))
+
+
+def _reword(folder: Path) -> None:
+    text = (folder / "held_out.json").read_text()
+    (folder / "held_out.json").write_text(text.replace("7", "8"))
+
+
+def _other_weights(folder: Path) -> None:
+    file = folder / "model/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_reorder, r"train_digest \(the encoded training rows have changed\)"),
+        (_reword, r"validation_digest \(the encoded validation rows have changed\)"),
+        (_other_weights, r"model_digest \(the base model's files have changed\)"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_rows_and_weights_alone(train, tiny, rows, tmp_path, capsys, change, named):
+    """Files that were replaced under the same names, with as many rows and tokens."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:40]))
+    (tmp_path / "held_out.json").write_text(json.dumps(rows[40:]))
+    options = {"model_name_or_path": tmp_path / "model", "train_file": tmp_path / "rows.json", "max_steps": 4}
+    options |= {"validation_file": tmp_path / "held_out.json", "save_steps": 2, "resume_from_checkpoint": "auto"}
+    assert train(**options) == 0
+    assert train(**options) == 0
+    assert "finished; nothing to do" in capsys.readouterr().out
+    change(tmp_path)
+    with pytest.raises(UsageError, match=f"another run's results: {named}. Choose"):
+        train(**options)
+    cut_after(2, tmp_path / "run", tmp_path / "cut")
+    with pytest.raises(UsageError, match=f"is of another configuration: {named}"):
+        train(**options | {"output_dir": tmp_path / "cut"})
+
+
 def test_a_checkpoint_of_a_later_format_is_refused(train, tmp_path):
     assert train(max_steps=4, save_steps=2) == 0
     checkpoint = tmp_path / "run/checkpoints/step_000002"
