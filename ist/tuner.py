@@ -102,9 +102,11 @@ class SparseTuner:
         if step not in self._plan:
             self.prepare()
             update = self.update_importance(step) if self.rule.due(step) else None
-            # Scores stay put until the next update, so that all selections up to it are known, and compared, now.
+            # Scores stay put until the next update, so that all selections up to it are known, and compared, now; a
+            # thousand at most, as the run may end long before.
             interval = self.config.update_interval
-            self._plan = {s: self.rule.trained(s) for s in range(step, (step // interval + 1) * interval)}
+            end = min((step // interval + 1) * interval, step + 1000)
+            self._plan = {s: self.rule.trained(s) for s in range(step, end)}
             self._require_agreement(step)
         self._activate(self._plan[step])
         return update

@@ -145,6 +145,17 @@ def test_begin_step_twice_updates_once():
     assert calls == [2, 2, 2]
 
 
+def test_no_more_selections_are_planned_than_a_run_may_need(monkeypatch):
+    tuner = SparseTuner(tiny_peft(), ISTConfig(update_interval=10**6, selection="random"), None)
+    planned, trained = [], tuner.rule.trained
+    monkeypatch.setattr(tuner.rule, "trained", lambda step: planned.append(step) or trained(step))
+    tuner.begin_step(0)
+    assert planned == list(range(1000))
+    tuner.begin_step(999)
+    tuner.begin_step(1000)
+    assert planned == list(range(2000))
+
+
 class Planted(nn.Module):
     """A residual stack y = x + sum_i f_i(x) in which only the `useful` layers' outputs are ever seen."""
 

@@ -51,15 +51,14 @@ def train(flags: dict[str, Any], observer: Observer) -> None:
     """Run train_ist.py, which is not part of the package, in this process.
 
     Raises:
-        UsageError: it is not there: the package was installed by itself.
-        RuntimeError: its exit code is not 0.
+        UsageError: it is not there: the package was installed by itself; or its exit code is not 0.
     """
     try:
         import train_ist
     except ImportError as error:
         raise UsageError("this needs train_ist.py: run it in a checkout of the repository, from its folder.") from error
     if code := train_ist.main(as_argv(flags), observer):
-        raise RuntimeError(f"train_ist.py ended with {code}: {flags}")
+        raise UsageError(f"train_ist.py ended with {code}: {flags}.")
 
 
 def as_argv(flags: dict[str, Any]) -> list[str]:

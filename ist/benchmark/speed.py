@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ist.benchmark.arms import ARMS, WINDOW, load_arm, synchronize
 from ist.loss import token_loss_sum
-from ist.training.command_line import markdown_table
+from ist.training.command_line import UsageError, markdown_table
 from ist.training.data import GlobalBatches, micro_batches
 
 
@@ -43,7 +43,7 @@ class ArmProcess:
 
     def _read(self) -> str:
         if not (line := self.process.stdout.readline()):
-            raise RuntimeError(f"the arm {self.arm} ended with {self.process.wait()}; its error is above")
+            raise UsageError(f"the arm {self.arm} ended with {self.process.wait()}; its error is above.")
         return line
 
     def go(self) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from ist.benchmark.arms import train
 from ist.distributed import CollectiveCounter
-from ist.training.command_line import markdown_table
+from ist.training.command_line import UsageError, markdown_table
 from ist.training.files import read_lines
 from ist.training.observer import Observer
 from ist.tuner import SparseTuner
@@ -70,7 +70,8 @@ def measure_communication(flags: dict, topology: str, ranks: int) -> tuple[list[
         command += ["ist.benchmark", "rank", "--flags", json.dumps({key: str(value) for key, value in values.items()})]
         done = subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"the launch ended with {done.returncode}: {done.stderr[-2000:]}")
+            print(done.stderr[-2000:], file=sys.stderr)
+            raise UsageError(f"the launch ended with {done.returncode}; its error is above.")
         (line,) = (line for line in done.stdout.splitlines() if line.startswith("traffic: "))
         seconds = [line["step_seconds"] for line in read_lines(Path(folder) / "run/metrics.jsonl")][-1]
     return json.loads(line.removeprefix("traffic: ")), seconds

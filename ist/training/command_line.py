@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -54,9 +55,13 @@ def require(ok: bool, key: str, allowed: str, value: Any) -> None:
 
 
 def quiet_known_warnings() -> None:
-    """Call before PEFT is imported: bitsandbytes warns of an absent CPU kernel then, and PEFT of a renamed property."""
+    """Call before PEFT is imported: bitsandbytes warns of an absent CPU kernel then, and PEFT of a renamed property.
+
+    torch warns of a pickled file's protocol before it refuses the file.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|gradient_checkpointing_enable).*deprecated")
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 
 def brief(error: BaseException) -> str:
@@ -95,11 +100,13 @@ class _UniqueKeys(yaml.SafeLoader):
 def _yaml_as_flags(path: str) -> list[str]:
     """The keys of a flat YAML file as command line flags, so that both go through the same type checks."""
     try:
+        if Path(path).is_fifo() and not path.startswith("/dev/"):  # <(...) of a shell has a writer
+            raise UsageError(f"--config {path} is not a file: a pipe would wait for a writer.")
         with open(path) as file:
             values = yaml.load(file, _UniqueKeys) or {}
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold `key: value` lines; got a {type(values).__name__}.")

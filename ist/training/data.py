@@ -21,7 +21,7 @@ from ist.loss import IGNORE, count_predicted
 from ist.sampler import seeded_generator
 from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError, brief, require
-from ist.training.files import file_digest, model_digest
+from ist.training.files import file_digest, model_digest, require_no_pipes
 
 _INTRO = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
@@ -60,8 +60,17 @@ def _require_readable(key: str, file: str) -> None:
         start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not start:
         raise UsageError(f"--{key} {file} is empty.")
-    if KINDS[suffix] == "json" and start[:1] not in (b"[", b"{"):
+    if KINDS[suffix] != "json":
+        return
+    if start[:1] not in (b"[", b"{"):
         raise UsageError(f"--{key} {file} is not valid {suffix[1:].upper()}: it starts with {start[:20]}.")
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = f"the byte 0x{line[error.start]:02x} in line {number}"
+                raise UsageError(f"--{key} {file} is not UTF-8: {byte}. Save it as UTF-8.") from error
 
 
 def load_rows(key: str, files: Sequence[str] = (), dataset_name: str | None = None) -> Dataset:
@@ -202,6 +211,8 @@ def encode(row: dict, template: str, tokenizer, max_length: int, completion_only
     text = "".join(part for part, _ in segments)
     encoded = tokenizer(text, add_special_tokens=template != "chat", return_offsets_mapping=completion_only_loss)
     ids = labels = encoded["input_ids"]
+    if not ids:
+        raise UsageError("has no tokens: the tokenizer makes none of its text")
     if completion_only_loss:
         learn = np.repeat([is_answer for _, is_answer in segments], [len(part) for part, _ in segments])
         spans = encoded["offset_mapping"]  # (start, end) in the text; special tokens that were added are (x, x)
@@ -261,6 +272,7 @@ def load_tokenizer(key: str, name: str, template: str | None = None, **options: 
     Raises:
         UsageError: there is none, or `template` is chat and it has no chat template.
     """
+    require_no_pipes(f"--{key} {name}", Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:

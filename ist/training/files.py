@@ -38,6 +38,17 @@ def read_text(path: Path) -> str:
         raise ReadError(f"{path} cannot be read: {error.strerror}. Repair or remove it.") from error
 
 
+def require_no_pipes(name: str, folder: Path) -> None:
+    """`name` is the argument and its value. A library that reads a pipe in the place of a file waits for a writer.
+
+    Raises:
+        ReadError: the folder of a model, a tokenizer or an adapter holds what is no file.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ReadError(f"{name}: {path.name} is not a file. Remove it.")
+
+
 def read_object(path: Path, key: str = "") -> dict[str, Any]:
     """The object of a JSON file; `key` is the argument that it comes from, for the message.
 

@@ -40,8 +40,9 @@ from ist.selection.semantic import require_comparable
 from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, as_usage_error, brief
 from ist.training.data import Data
-from ist.training.peft_config import make_peft_config, require_served
-from ist.training.weights import load_pretrained
+from ist.training.files import require_no_pipes
+from ist.training.peft_config import has_module, make_peft_config, require_known_names, require_served
+from ist.training.weights import load_pretrained, require_weight_files
 
 
 def free_base_weights(model: nn.Module, args: Arguments) -> LayerMap:
@@ -85,15 +86,11 @@ def resolve_targets(args: Arguments, model: nn.Module) -> Resolved:
         (path,) = (path for path, module in model.named_modules() if module is decoder)
         exclude = rf"(?!{re.escape(path)}\.|lm_head).*"
     for target in targets:
-        if target != "all-linear" and not _has_module(model, target):
+        if target != "all-linear" and not has_module(model, target):
             raise UsageError(f"--target_modules: the model has no module {target}.")
     if "all-linear" in targets and len(targets) > 1:
         raise UsageError("--target_modules all-linear stands alone.")
     return Resolved.of(args, target_modules=targets, exclude_modules=exclude)
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    return any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules())
 
 
 def _auto_class(config: PretrainedConfig) -> type:
@@ -144,6 +141,7 @@ def plan_layers(args: Arguments, sharded: bool) -> ModelPlan:
 def _read_skeleton(args: Arguments) -> tuple[Resolved, PretrainedConfig, nn.Module]:
     """The arguments with the dtype and attention of the model, its configuration, and its skeleton in that dtype."""
     name = f"--model_name_or_path {args.model_name_or_path}"
+    require_no_pipes(name, Path(args.model_name_or_path))
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         try:
@@ -157,9 +155,7 @@ def _read_skeleton(args: Arguments) -> tuple[Resolved, PretrainedConfig, nn.Modu
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} comes with code of its own; --trust_remote_code true runs it.") from error
         raise UsageError(f"{name} cannot be used: {brief(error)}") from error
-    folder = Path(args.model_name_or_path)
-    if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
-        raise UsageError(f"{name} holds no weights (no .safetensors or .bin file).")
+    require_weight_files(name, Path(args.model_name_or_path), model)
     dtype = args.dtype
     if dtype == "auto" and config.dtype == torch.float16:
         raise UsageError(f"{name} has float16 weights, which cannot be trained on: pass --dtype bfloat16 or float32.")
@@ -178,9 +174,8 @@ def _plan_adapter(
     args = resolve_targets(args, skeleton)
     peft_config = make_peft_config(args)
     require_served(peft_config, args, sharded)
-    for whole in getattr(peft_config, "modules_to_save", None) or ():
-        if not _has_module(skeleton, whole):
-            raise UsageError(f"--peft_config {args.peft_config}: modules_to_save: the model has no module {whole}.")
+    if args.peft_config:
+        require_known_names(peft_config, skeleton, f"--peft_config {args.peft_config}")
     stands_in = False
     try:
         with _adapter_errors(args):

@@ -1,6 +1,8 @@
 """From the adapter keys, or a file of PEFT's, to a PEFT configuration; refused where a method is not served."""
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -8,11 +10,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
 
 from ist.adapters import ParallelConfig, SeriesConfig
 from ist.adapters.support import refusal
 from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, brief
+from ist.training.files import ReadError, read_text
 
 
 def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
@@ -23,11 +27,13 @@ def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
     """
     key = f"--peft_config {args.peft_config}"
     try:
-        values = json.loads(Path(args.peft_config).read_text(), parse_constant=_no_constant)
+        values = json.loads(read_text(Path(args.peft_config)), parse_constant=_no_constant)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[str(values["peft_type"]).upper()]
-    except OSError as error:
+    except FileNotFoundError as error:
         raise UsageError(f"{key} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError) as error:
+    except ReadError as error:
+        raise UsageError(f"--peft_config {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{key} is not a PEFT configuration in JSON: {brief(error)}") from error
     except KeyError as error:
         known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
@@ -43,11 +49,81 @@ def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
     for name, value in values.items():
         if name != "peft_type" and not _fits(value, hints[name]):
             raise UsageError(f"{key}: {name} must be of type {_type_name(hints[name])}; got {json.dumps(value)}.")
+    _require_in_range(values, config_class, key)
     try:
         config = config_class(**values)
     except Exception as error:  # whatever a configuration raises here, it is about its values
         raise UsageError(f"{key}: {brief(error)}") from error
     return config
+
+
+# What PEFT takes without a word: an adapter without an effect, or with one of the other sign.
+_ABOVE_ZERO = re.compile(r"r|alpha|scaling|\w+_alpha|(init|target|mini)_r|n_frequency|num_vectors|vector_length|topk")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def _require_in_range(values: dict, config_class: type[PeftConfig], key: str) -> None:
+    """
+    Raises:
+        UsageError: a rank or a scaling that is not above zero, or a dropout outside [0, 1).
+    """
+    defaults = {field.name: field.default for field in fields(config_class)}
+    patterns = {name: values.get(name) or {} for name in _PATTERNS}
+    numbers = [(f"{name}: {module}", value) for name in _PATTERNS for module, value in patterns[name].items()]
+    for name, value in numbers:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise UsageError(f"{key}: {name} must be a number above 0; got {json.dumps(value)}.")
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value == defaults[name]:
+            continue
+        if "dropout" in name and not 0 <= value < 1:
+            raise UsageError(f"{key}: {name} must be in [0, 1); got {value}.")
+        if _ABOVE_ZERO.fullmatch(name) and value <= 0:
+            raise UsageError(f"{key}: {name} must be above 0; got {value}.")
+
+
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether a module has this name, or this end of a path."""
+    return any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules())
+
+
+def require_known_names(config: PeftConfig, model: nn.Module, key: str) -> None:
+    """PEFT adapts what it finds of the names in a configuration, and leaves out the others without an error.
+
+    Raises:
+        UsageError: a module, a parameter, a layer or a token that the model does not have.
+    """
+    for name, kind, unknown in _unknown_names(config, model):
+        raise UsageError(f"{key}: {name}: the model has no {kind} {unknown}.")
+
+
+def _unknown_names(config: PeftConfig, model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """(key, kind of the name, name) for each name in a configuration that the model does not have."""
+
+    def listed(name: str) -> list:
+        value = getattr(config, name, None)
+        if isinstance(value, dict):
+            return [one for values in value.values() for one in values]
+        return [] if value is None or isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+
+    paths = [path for path, _ in model.named_modules()]
+    for name in ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save"):
+        yield from ((name, "module", one) for one in listed(name) if not has_module(model, one))
+    for name in _PATTERNS:  # as PEFT matches them
+        patterns = getattr(config, name, None) or ()
+        yield from (
+            (name, "module", p) for p in patterns if not any(re.match(rf"(.*\.)?({p})$", path) for path in paths)
+        )
+    parameters = [f".{path}" for path, _ in model.named_parameters()]
+    for one in listed("target_parameters"):
+        if not any(path.endswith(f".{one}") for path in parameters):
+            yield "target_parameters", "parameter", one
+    for layer in listed("layers_to_transform"):
+        if not any(f".{layer}." in path for path in paths):
+            yield "layers_to_transform", "layer", layer
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for name in ("trainable_token_indices", "token_indices"):
+        yield from ((name, "token", one) for one in listed(name) if not 0 <= one < vocabulary)
 
 
 def _no_constant(name: str) -> None:

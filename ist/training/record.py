@@ -190,13 +190,16 @@ class RunRecord:
         """The run goes on after `step` finished steps. All ranks wait until its files are so."""
         self._rewind(step)
         self.accelerator.wait_for_everyone()
-        self._start_trackers(run_name)
+        self._start_trackers(step, run_name)
 
-    def _start_trackers(self, run_name: str) -> None:
-        """Start the trackers the accelerator was made with.
+    def _start_trackers(self, step: int, run_name: str) -> None:
+        """Start the trackers the accelerator was made with. A run that resumes is not lost with its tracker.
 
         W&B: the project is WANDB_PROJECT, else "ist"; the group WANDB_RUN_GROUP, else `run_name`; the job type
         WANDB_JOB_TYPE, else "train"; the run id WANDB_RUN_ID, else the one that the run had before it was interrupted.
+
+        Raises:
+            UsageError: the tracker of a new run cannot start.
         """
         options = {}
         if self.summary["configuration"]["report_to"] == "wandb":
@@ -216,7 +219,16 @@ class RunRecord:
             key: value if isinstance(value, (int, float, str)) else str(value)
             for key, value in self.summary["configuration"].items()
         }
-        self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "ist"), scalars, options)
+        try:
+            self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "ist"), scalars, options)
+        except Exception as error:  # a service out of reach, a setting that the tracker refuses
+            self.accelerator.trackers = []  # the one that has failed could not be ended
+            reason = f"cannot start ({brief(error)})"
+            report_to = self.summary["configuration"]["report_to"]
+            if step == 0:
+                help_ = "correct its settings, set WANDB_MODE=offline, or pass --report_to none"
+                raise UsageError(f"--report_to {report_to} {reason}: {help_}.") from error
+            print(f"{report_to} {reason}; {self.output_dir} has everything.", file=sys.stderr)
         if self._lost:  # lines that W&B had not written yet are lost with a killed process, offline all of them
             lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
             for line in sorted(lines, key=lambda line: line["step"]):

@@ -1,7 +1,10 @@
 """Pretrained weights and adapters, every key of their files accounted for: what is missing is never drawn at random."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +12,13 @@ from accelerate import PartialState
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ist.layers import text_decoder
 from ist.training.command_line import UsageError, brief
+from ist.training.files import require_no_pipes
 
 
 def _listing(names: Iterable[str]) -> str:
@@ -30,6 +36,48 @@ def require_finite(name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise UsageError(f"{name}: {key} is not finite (NaN or infinity); take another file of these weights.")
 
 
+def require_weight_files(name: str, folder: Path, skeleton: nn.Module) -> None:
+    """See that a local model's files can be opened, and are about as large as its configuration says.
+
+    A configuration of another model would be built whole, of random weights, before that shows.
+
+    Raises:
+        UsageError: `name` is the key and the folder.
+    """
+    if not folder.is_dir():
+        return
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file()]
+    if not files:
+        raise UsageError(f"{name} holds no weights (no .safetensors or .bin file).")
+    there = 0
+    for file in files:
+        if file.suffix == ".bin" or getattr(skeleton.config, "quantization_config", None):
+            return  # not to be counted: pickled, or packed
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                there += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{name}: {file.name} cannot be read: {brief(error)}. Take another copy of it.") from error
+    wanted = sum(parameter.numel() for parameter in skeleton.parameters())
+    if there < wanted / 2:
+        raise UsageError(
+            f"{name} lacks most weights of its model: its files hold {there:,} numbers, config.json describes a model "
+            f"of {wanted:,}. Complete the files, or correct config.json."
+        )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of keys, of which `load_pretrained` says what matters in one line."""
+    logger = logging.get_logger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
     """`auto_class.from_pretrained(path, **options)`, whose every weight comes from the files of `path`.
 
@@ -40,8 +88,10 @@ def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
             layers that the configuration does not have; a weight is not finite.
     """
     name = f"--model_name_or_path {path}"
+    require_no_pipes(name, Path(path))
     try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+        with _without_report():
+            model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each format raises its own errors, and all are about these files
@@ -85,6 +135,7 @@ def load_adapter(model: nn.Module, folder: str) -> PeftModel:
             is not finite.
     """
     name = f"--adapter {folder}"
+    require_no_pipes(name, Path(folder))
     try:
         adapted = PeftModel.from_pretrained(model, folder)
         there = load_peft_weights(folder, device="cpu")

@@ -49,7 +49,7 @@ def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
 
 
 def test_an_arm_that_fails_is_named(tiny, tmp_path):
-    with pytest.raises(RuntimeError, match="the arm ist ended with 2"):
+    with pytest.raises(UsageError, match="the arm ist ended with 2"):
         flags = {"model_name_or_path": tiny, "train_file": tmp_path / "no.json", "max_steps": 20}
         speed.take_turns({"ist": flags}, 20, True, lambda line: None)
 

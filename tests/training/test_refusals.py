@@ -46,7 +46,7 @@ def test_float16_weights_are_refused_also_where_the_config_does_not_say(train, t
 def test_a_model_folder_that_is_not_whole(train, tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "model")
     os.truncate(folder / "model.safetensors", 1000)
-    with pytest.raises(UsageError, match="cannot be loaded"):
+    with pytest.raises(UsageError, match=r"model.safetensors cannot be read: .* Take another copy"):
         train(model_name_or_path=folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match="holds no weights"):
@@ -107,8 +107,11 @@ BAD_PEFT_CONFIG = {
     "unknown type": ('{"peft_type": "lorra"}', "peft_type must be one of .*; got lorra"),
     "unknown key": ('{"peft_type": "LORA", "rank": 4}', "LoraConfig has no rank"),
     "bad value": ('{"peft_type": "SERIES", "non_linearity": "rleu"}', "non_linearity must be one of"),
-    "bad rank": ('{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}', "`r` should be a positive integer"),
-    "no target": ('{"peft_type": "LORA", "target_modules": ["w_query"]}', "Target modules .*w_query.* not found"),
+    "bad rank": ('{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}', "r must be above 0; got 0"),
+    "no target": (
+        '{"peft_type": "LORA", "target_modules": ["w_query"]}',
+        "target_modules: the model has no module w_query",
+    ),
     "a prompt": ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', "PREFIX_TUNING is not served: it learns"),
     "not an int": ('{"peft_type": "LORA", "r": "8"}', 'r must be of type int; got "8"'),
     "not a whole number": ('{"peft_type": "SERIES", "bottleneck_size": 8.5}', "bottleneck_size must be of type int"),
@@ -120,6 +123,36 @@ BAD_PEFT_CONFIG = {
     "no such module": (
         '{"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["nothere"]}',
         "modules_to_save: the model has no module nothere",
+    ),
+    "no response": (
+        '{"peft_type": "LORA", "lora_alpha": 0, "target_modules": ["q_proj"]}',
+        "lora_alpha must be above 0",
+    ),
+    "other sign": ('{"peft_type": "LOHA", "alpha": -8, "target_modules": ["q_proj"]}', "alpha must be above 0; got -8"),
+    "dropout": (
+        '{"peft_type": "LORA", "lora_dropout": -1, "target_modules": ["q_proj"]}',
+        r"must be in \[0, 1\); got -1",
+    ),
+    "one target of two": ('{"peft_type": "LORA", "target_modules": ["q_proj", "w"]}', "target_modules: .* no module w"),
+    "parameter": (
+        '{"peft_type": "LORA", "target_modules": ["q_proj"], "target_parameters": ["w.weight"]}',
+        "target_parameters: the model has no parameter w.weight",
+    ),
+    "pattern": (
+        '{"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": {"w": 4}}',
+        "rank_pattern: the model has no module w",
+    ),
+    "rank of a pattern": (
+        '{"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 0}}',
+        "rank_pattern: q_proj must be a number above 0; got 0",
+    ),
+    "layer": (
+        '{"peft_type": "LORA", "target_modules": ["q_proj"], "layers_to_transform": [0, 99]}',
+        "layers_to_transform: the model has no layer 99",
+    ),
+    "token": (
+        '{"peft_type": "LORA", "target_modules": ["q_proj"], "trainable_token_indices": [400]}',
+        "trainable_token_indices: the model has no token 400",
     ),
     "data first": ('{"peft_type": "LORA", "init_lora_weights": "eva"}', "needs a pass over data"),
     "no rank to take": ('{"peft_type": "ADALORA", "init_r": 4, "target_r": 4}', "target_r 4 must be below init_r 4"),

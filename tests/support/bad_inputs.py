@@ -1,0 +1,563 @@
+"""Kinds of bad input to train_ist.py, each drawn anew at every call: {name: kind(folder, draw) -> BadInput}.
+
+`folder` holds a good model (tiny/), good rows (train.json) and nothing else; a kind may change them.
+"""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from support.bad_files import SPOILED
+
+
+@dataclass
+class BadInput:
+    """What a command line is given.
+
+    Attributes:
+        what: was done, for the table.
+        flags: in addition to those of a good run, or (None) taken from them.
+        names: what the message must name, as a regular expression.
+        environment: variables in addition.
+        may_pass: it is not always bad: a run that finishes is as good as a message.
+    """
+
+    what: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    names: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    may_pass: bool = False
+
+
+Kind = Callable[[Path, random.Random], BadInput]
+KINDS: dict[str, Kind] = {}
+
+
+def kind(name: str) -> Callable[[Kind], Kind]:
+    def register(function: Kind) -> Kind:
+        KINDS[name] = function
+        return function
+
+    return register
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+_COUNTS = ("0", "-1", "-10000000000")
+_NUMBERS = ("nan", "inf", "-inf", "-1", "-1e-9")
+OUT_OF_RANGE = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"), _COUNTS),
+    **dict.fromkeys(("save_steps", "save_total_limit", "lora_r", "lora_alpha", "update_interval"), _COUNTS),
+    **dict.fromkeys(("probe_batch_size", "candidates", "ddp_timeout", "max_length"), _COUNTS),
+    "max_steps": ("0", "-2"),
+    **dict.fromkeys(("learning_rate", "num_train_epochs"), (*_NUMBERS, "0")),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm"), _NUMBERS),
+    "lora_dropout": (*_NUMBERS, "1", "1.5"),
+    "suppression": (*_NUMBERS, "1.01", "2"),
+    "score_lr": ("nan", "inf", "-inf", "-1"),
+    "trained_layers": ("0", "-1", "5", "99", "1.5", "nan"),
+    "validation_size": (*_NUMBERS, "1.5", "60", "10000000000"),
+    "seed": ("-1", "99999999999999999999999", "18446744073709551616"),
+}
+TYPED = {
+    **dict.fromkeys(("max_steps", "lora_r", "save_steps", "seed", "max_length"), ("many", "1.5", "1e3", "0x10", "1,5")),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps"), ("1e", "1,5", "0x1p", "one", "[1]", "--1")),
+    **dict.fromkeys(("bf16", "packing", "load_in_4bit", "completion_only_loss"), ("maybe", "2", "None", "truee")),
+    **dict.fromkeys(
+        ("selection", "optim", "dtype", "prompt_template", "report_to"), ("none-such", "{}", "NONE", "ist ")
+    ),
+    **dict.fromkeys(("lr_scheduler_type", "optimizer_state", "peft_method"), ("best", "LORA", "0")),
+    "attn_implementation": ("none-such", "flash", "0"),
+    "trained_layers": ("some", "half", "1e", "[2]"),
+}
+EXCLUSIVE = (
+    {"validation_file": "train.json", "validation_size": "4"},
+    {"dataset_name": "some/rows"},
+    {"load_best_model_at_end": "true"},
+    {"eval_steps": "3"},
+    {"log_adapter": "true"},
+    {"selection": "id3", "optim": "adamw_8bit"},
+    {"optim": "adamw_8bit", "optimizer_state": "offload"},
+    {"optim": "paged_adamw_8bit", "optimizer_state": "drop"},
+    {"torch_compile": "true", "gradient_checkpointing": "true"},
+    {"selection": "ist", "peft_method": "none"},
+    {"peft_method": "none", "load_in_4bit": "true", "selection": "random"},
+    {"dtype": "bfloat16", "peft_method": "none", "selection": "random"},
+    {"selection": "lisa", "fixed_layers": "1"},
+    {"target_modules": "all-linear,q_proj"},
+)
+
+
+@kind("key: of another type")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    key = draw.choice(sorted(TYPED))
+    value = draw.choice(TYPED[key])
+    return BadInput(f"--{key}={value}", {key: value}, key)
+
+
+@kind("key: out of range")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    key = draw.choice(sorted(OUT_OF_RANGE))
+    value = draw.choice(OUT_OF_RANGE[key])
+    return BadInput(f"--{key}={value}", {key: value}, key)
+
+
+@kind("key: empty or misspelt")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    key = draw.choice(sorted({**OUT_OF_RANGE, **TYPED, "output_dir": 0, "train_file": 0, "run_name": 0}))
+    if draw.random() < 0.4:
+        return BadInput(f"--{key}=", {key: ""}, key)
+    place = draw.randrange(len(key))
+    misspelt = key[:place] + draw.choice(["", "x", key[place] * 2, "é", "--"]) + key[place + 1 :]
+    if misspelt.replace("-", "_") == key:
+        misspelt += "s"
+    return BadInput(f"--{misspelt}", {misspelt: "1"}, re.escape(misspelt))
+
+
+@kind("keys that do not go together")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    flags = dict(draw.choice(EXCLUSIVE))
+    return BadInput(" ".join(flags), flags, "|".join(flags))
+
+
+@kind("a path that is not what it ought to be")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    key = draw.choice(["model_name_or_path", "train_file", "validation_file", "peft_config", "config", "output_dir"])
+    key = draw.choice([key, "resume_from_checkpoint"])
+    (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe.json")
+    (folder / "loop.json").symlink_to("loop.json")
+    (folder / "no.json").symlink_to("nowhere.json")
+    places = ["empty", "pipe.json", "loop.json", "no.json", "nowhere/at all", "train.json/x", "x" * 300, "a\nb.json"]
+    if key == "output_dir":
+        places = ["pipe.json", "loop.json", "train.json", "train.json/x", "x" * 300]
+    place = draw.choice(places)
+    flags = {key: str(folder / place)} | ({"lora_r": None, "lora_alpha": None} if key == "peft_config" else {})
+    return BadInput(f"--{key} {place[:20]!r}", flags, key)
+
+
+@kind("recipe")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    recipe = folder / "recipe.yaml"
+    texts = {
+        "a key twice": "max_steps: 3\nlora_r: 4\nmax_steps: 2\n",
+        "a recipe in a recipe": "config: other.yaml\n",
+        "a mapping": "lora_r: {value: 4}\n",
+        "a list of lists": "target_modules: [[q_proj]]\n",
+        "a flag in a list": "target_modules: [q_proj, --trust_remote_code, 'true']\n",
+        "a list": "- max_steps\n- 3\n",
+        "a text": "max_steps 3\n",
+        "tabs": "max_steps:\t3\n\tlora_r: 4\n",
+        "no end": "target_modules: [q_proj\n",
+        "python": "max_steps: !!python/object/apply:os.system ['true']\n",
+        "two documents": "max_steps: 3\n---\nmax_steps: 4\n",
+        "an alias": "max_steps: *there\n",
+        "a date": "max_steps: 2020-01-01\n",
+        "a number as key": "3: max_steps\n",
+        "no key of ours": "trained_layer: 2\n",
+        "a key of a mapping": "? {a: 1}\n: 2\n",
+    }
+    if draw.random() < 0.4:
+        recipe.write_text(yaml.safe_dump({"max_steps": 3, "lora_r": 4, "lora_alpha": 8}))
+        name = draw.choice(sorted(SPOILED.keys() - {"null", "no keys", "empty", "cut"}))
+        SPOILED[name](recipe)
+        return BadInput(name, {"config": recipe}, "recipe.yaml|config")
+    name = draw.choice(sorted(texts))
+    recipe.write_text(texts[name])
+    return BadInput(name, {"config": recipe}, "recipe.yaml|--")
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+@kind("rows: a spoiled file")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / draw.choice(["train.json", "rows.jsonl", "rows.parquet"])
+    _write_rows(file, _rows(folder))
+    name = draw.choice(sorted(SPOILED))
+    SPOILED[name](file)
+    return BadInput(f"{file.suffix}: {name}", {"train_file": file}, "train_file")
+
+
+@kind("rows: a byte or a piece of the file")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / draw.choice(["train.json", "rows.jsonl", "rows.parquet"])
+    _write_rows(file, _rows(folder))
+    content = bytearray(file.read_bytes())
+    place = draw.randrange(len(content))
+    what = draw.choice(["Latin-1", "NUL", "cut", "doubled", "swapped"])
+    if what == "Latin-1":
+        content[place : place + 1] = b"\xe9"
+    elif what == "NUL":
+        content[place : place + 1] = b"\0"
+    elif what == "cut":
+        content = content[:place]
+    elif what == "doubled":
+        content += content[place:]
+    else:
+        content = content[place:] + content[:place]
+    file.write_bytes(content)
+    return BadInput(f"{file.suffix}: {what} at {place}", {"train_file": file}, "train_file", may_pass=True)
+
+
+_STRANGE = [None, 7, -1.5, True, "", " ", [], {}, [1], {"a": 1}, [["a"]], "\ud800", "x" * 100_000, "\0"]
+
+
+@kind("rows: a strange value")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    rows, file = _rows(folder), folder / draw.choice(["train.json", "rows.jsonl"])
+    column, value = draw.choice(["instruction", "output", "input"]), draw.choice(_STRANGE)
+    for row in rows if draw.random() < 0.5 else [draw.choice(rows)]:
+        row[column] = value
+    _write_rows(file, rows)
+    return BadInput(f"{column} {str(value)[:20]!r}", {"train_file": file}, "train_file", may_pass=True)
+
+
+@kind("rows: none, or not these columns")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file, rows = folder / "rows.json", _rows(folder)
+    texts = {
+        "no rows": [],
+        "objects without keys": [{}, {}],
+        "texts": ["a", "b"],
+        "other columns": [{"question": row["instruction"], "answer": row["output"]} for row in rows],
+        "a column less": [{"instruction": row["instruction"]} for row in rows],
+        "in capitals": [{key.upper(): value for key, value in row.items()} for row in rows],
+        "under a key": {"data": rows},
+        "by columns": {"instruction": [row["instruction"] for row in rows], "output": [row["output"] for row in rows]},
+        "answers of space": [{"instruction": row["instruction"], "output": "  "} for row in rows],
+    }
+    name = draw.choice(sorted(texts))
+    file.write_text(json.dumps(texts[name]))
+    return BadInput(name, {"train_file": file}, "train_file")
+
+
+@kind("rows: strange messages")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    turns: list[Any] = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    values = {
+        "no list": "hello",
+        "no turns": [],
+        "texts": ["1 + 1?", "2"],
+        "no role": [{"content": "1 + 1?"}, turns[1]],
+        "no content": [turns[0], {"role": "assistant"}],
+        "null content": [turns[0], {"role": "assistant", "content": None}],
+        "parts": [turns[0], {"role": "assistant", "content": [{"type": "text", "text": "2"}]}],
+        "a user alone": turns[:1],
+        "an empty answer": [turns[0], {"role": "assistant", "content": " "}],
+        "a number as role": [turns[0], {"role": 3, "content": "2"}],
+        "turns of turns": [turns],
+    }
+    name = draw.choice(sorted(values))
+    rows = [{"messages": turns} for _ in range(6)]
+    if name in ("no turns", "a user alone", "an empty answer", "null content", "no content") and draw.random() < 0.5:
+        rows[draw.randrange(6)] = {"messages": values[name]}
+    else:
+        rows = [{"messages": values[name]} for _ in rows]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    flags = {"train_file": folder / "rows.json", "prompt_template": "chat"}
+    return BadInput(name, flags, "train_file")
+
+
+@kind("rows: several files that do not go together")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    rows = _rows(folder)
+    _write_rows(folder / "rows.parquet", rows)
+    (folder / "messages.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "a"}]}] * 3))
+    (folder / "numbers.json").write_text(json.dumps([{"instruction": [1], "output": {"a": 2}}] * 3))
+    other = draw.choice(["rows.parquet", "messages.json", "numbers.json", "nowhere.json"])
+    return BadInput(other, {"train_file": [folder / "train.json", folder / other]}, "train_file")
+
+
+# ---------------------------------------------------------------------------------------------------- model, tokenizer
+
+
+@kind("model: a spoiled file")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / "tiny" / draw.choice(["config.json", "model.safetensors", "tokenizer.json"])
+    name = draw.choice(sorted(SPOILED))
+    SPOILED[name](file)
+    return BadInput(f"{file.name}: {name}", names="tiny")
+
+
+@kind("model: the optional files")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / "tiny" / draw.choice(["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+    file.touch()
+    name = draw.choice(sorted(SPOILED))
+    SPOILED[name](file)
+    return BadInput(f"{file.name}: {name}", {"prompt_template": "chat"}, "tiny|template|train_file", may_pass=True)
+
+
+@kind("model: a key of config.json")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / "tiny/config.json"
+    config = json.loads(file.read_text())
+    key = draw.choice(sorted(config))
+    value = draw.choice([None, -1, 0, 7, 10**12, "none-such", [], {}, 0.5, True])
+    if draw.random() < 0.2:
+        del config[key]
+        value = "dropped"
+    else:
+        config[key] = value
+    file.write_text(json.dumps(config))
+    return BadInput(f"{key}: {value!r}", names="tiny|model|trust_remote_code", may_pass=True)
+
+
+@kind("model: quantised as it cannot be read here")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    methods = ("gptq", "awq", "fp8", "aqlm", "hqq", "none-such", "bitsandbytes", "compressed-tensors", "mxfp4", "")
+    method = draw.choice(methods)
+    quantization: Any = {"quant_method": method, "bits": 4, "group_size": 32}
+    if draw.random() < 0.2:
+        quantization = draw.choice([{}, [], "4bit", 4, {"bits": 4}])
+    _edit(folder / "tiny/config.json", quantization_config=quantization)
+    # transformers passes some over with a warning; the weights of this model are not packed, so that is right.
+    return BadInput(f"{quantization}", names="tiny|model", may_pass=True)
+
+
+@kind("model: weights that are not those of the configuration")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / "tiny/model.safetensors"
+    tensors = load_file(file)
+    name = draw.choice(sorted(tensors))
+    what = draw.choice(["dropped", "renamed", "cut", "integers", "not finite", "of another width", "no tensors"])
+    if what == "dropped":
+        del tensors[name]
+    elif what == "renamed":
+        tensors[name.replace("weight", "wieght")] = tensors.pop(name)
+    elif what == "cut":
+        tensors[name] = tensors[name][:-1].clone()
+    elif what == "integers":
+        tensors[name] = tensors[name].to(draw.choice([torch.int8, torch.int64, torch.bool]))
+    elif what == "not finite":
+        tensors[name].view(-1)[draw.randrange(tensors[name].numel())] = draw.choice([float("nan"), float("inf")])
+    elif what == "of another width":
+        tensors[name] = torch.zeros(*tensors[name].shape, 2)
+    else:
+        tensors = {}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return BadInput(f"{name} {what}", names="tiny|weight|loss", may_pass=what == "integers")
+
+
+@kind("model: weights in several files, or pickled")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    whole = folder / "tiny/model.safetensors"
+    index: Any = {"metadata": {}, "weight_map": dict.fromkeys(load_file(whole), "model-1.safetensors")}
+    what = draw.choice(["index", "index", "pickle"])
+    if what == "pickle":
+        whole.unlink()
+        file = folder / "tiny/pytorch_model.bin"
+        what = draw.choice(["foreign code", "a pickled list", "zeros", "empty", "a text"])
+        content = {
+            "zeros": bytes(1000),
+            "empty": b"",
+            "a text": b"<html>404</html>",
+            "a pickled list": pickle.dumps([1]),
+        }
+        file.write_bytes(content.get(what, b"") or (pickle.dumps(_Foreign(folder)) if what == "foreign code" else b""))
+        return BadInput(f"pytorch_model.bin: {what}", names="tiny|model")
+    whole.rename(folder / "tiny/model-1.safetensors")
+    what = draw.choice(
+        ["empty map", "no map", "a list", "file is gone", "a key less", "outside", "a number", "spoiled"]
+    )
+    if what == "empty map":
+        index["weight_map"] = {}
+    elif what == "no map":
+        del index["weight_map"]
+    elif what == "a list":
+        index["weight_map"] = list(index["weight_map"])
+    elif what == "file is gone":
+        index["weight_map"] = dict.fromkeys(index["weight_map"], "model-2.safetensors")
+    elif what == "a key less":
+        index["weight_map"].pop(draw.choice(sorted(index["weight_map"])))
+    elif what == "outside":
+        index["weight_map"] = dict.fromkeys(index["weight_map"], "../../outside.safetensors")
+    elif what == "a number":
+        index["weight_map"] = dict.fromkeys(index["weight_map"], 7)
+    file = folder / "tiny/model.safetensors.index.json"
+    file.write_text(json.dumps(index))
+    if what == "spoiled":
+        what = draw.choice(sorted(SPOILED))
+        SPOILED[what](file)
+    # transformers looks into every file that the index names, whatever keys it lists.
+    return BadInput(f"index: {what}", names="tiny|model", may_pass=what == "a key less")
+
+
+class _Foreign:
+    """Pickled: makes a file where it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.folder / "foreign code ran"),))
+
+
+@kind("tokenizer: a part of tokenizer.json")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / "tiny/tokenizer.json"
+    content = json.loads(file.read_text())
+    what = draw.choice(
+        ["no vocabulary", "empty vocabulary", "no model", "another model", "ids", "normalizer", "merges"]
+    )
+    if what == "no vocabulary":
+        del content["model"]["vocab"]
+    elif what == "empty vocabulary":
+        content["model"] |= {"vocab": {}, "merges": []}
+    elif what == "no model":
+        del content["model"]
+    elif what == "another model":
+        content["model"]["type"] = "none-such"
+    elif what == "ids":
+        content["model"]["vocab"] = {token: 10**6 + i for token, i in content["model"]["vocab"].items()}
+    elif what == "normalizer":
+        content["normalizer"] = {"type": "none-such"}
+    else:
+        content["model"]["merges"] = [["none", "such"]]
+    file.write_text(json.dumps(content))
+    return BadInput(what, names="tiny|token|vocabulary")
+
+
+@kind("model: gone, or of another task")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    what = draw.choice(["t5", "bert", "clip", "none-such", "llava", "no weights", "no tokenizer", "no config", "code"])
+    tiny = folder / "tiny"
+    if what == "no weights":
+        (tiny / "model.safetensors").unlink()
+    elif what == "no tokenizer":
+        for file in tiny.glob("tokenizer*"):
+            file.unlink()
+    elif what == "no config":
+        (tiny / "config.json").unlink()
+    elif what == "code":
+        auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+        _edit(tiny / "config.json", auto_map=auto_map, model_type="foreign")
+        (tiny / "code.py").write_text(f"open({str(folder / 'foreign code ran')!r}, 'w')\n")
+    else:
+        _edit(tiny / "config.json", model_type=what, architectures=[what])
+    return BadInput(what, names="tiny|model")
+
+
+# --------------------------------------------------------------------------------------------------------- peft_config
+
+_LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+BAD_PEFT = (
+    *({"lora_alpha": value} for value in (0, -8, "16", None, True)),
+    *({"r": value} for value in (0, -1, 4.5, "4", None)),
+    *({"lora_dropout": value} for value in (-1, -0.1, 1, 1.5, "0.1")),
+    *({"target_modules": value} for value in ([], "(", ["none"], "none.*", 3, ["q_proj", "none"], {"q_proj": 1})),
+    *({"target_parameters": value} for value in (["none.weight"], "q_proj.weight", [3])),
+    *({"rank_pattern": value} for value in ({"none": 4}, {"q_proj": 0}, {"q_proj": -2}, {"q_proj": "4"}, [4])),
+    *({"alpha_pattern": value} for value in ({"none": 4}, {"q_proj": 0}, {"q_proj": -2}, {"q_proj": None})),
+    *({"modules_to_save": value} for value in (["none"], "lm_head", [1])),
+    *({"layers_to_transform": value} for value in ([99], [0, 99], [-1], "0", [])),
+    *({"exclude_modules": value} for value in (["none"], "(")),
+    *({"bias": value} for value in ("some", 3, None)),
+    *({"init_lora_weights": value} for value in ("none-such", "eva", 3)),
+    *({"peft_type": value} for value in ("none", 3, None, "PROMPT_TUNING", "XLORA", ["LORA"])),
+    {"layers_pattern": "none", "layers_to_transform": [0]},
+    {"trainable_token_indices": [10**6]},
+    {"trainable_token_indices": [-1]},
+    {"no_such_key": 1},
+    {"layer_replication": [[0, 99]]},
+    {"megatron_config": {}},
+)
+BAD_METHODS = (
+    {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": ["none"]},
+    {"peft_type": "LOHA", "r": 4, "alpha": 0, "target_modules": ["q_proj"]},
+    {"peft_type": "LOHA", "r": 4, "alpha": -8, "rank_dropout": 2, "target_modules": ["q_proj"]},
+    {"peft_type": "LOKR", "r": 4, "alpha": 8, "module_dropout": -1, "target_modules": ["q_proj"]},
+    {"peft_type": "ADALORA", "init_r": 0, "target_r": 2, "target_modules": ["q_proj"]},
+    {"peft_type": "ADALORA", "init_r": 6, "target_r": -2, "target_modules": ["q_proj"]},
+    {"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "lora_alpha": -1, "target_modules": ["q_proj"]},
+    {"peft_type": "SERIES", "bottleneck_size": 0},
+    {"peft_type": "SERIES", "dropout": 1},
+    {"peft_type": "PARALLEL", "scaling": 0},
+    {"peft_type": "VERA", "r": 0, "target_modules": ["q_proj"]},
+    {"peft_type": "OFT", "r": 0, "oft_block_size": 0, "target_modules": ["q_proj"]},
+    {"peft_type": "OFT", "r": 5, "oft_block_size": 0, "target_modules": ["q_proj"]},
+    {"peft_type": "FOURIERFT", "n_frequency": 10**9, "target_modules": ["q_proj"]},
+    {"peft_type": "FOURIERFT", "n_frequency": 0, "target_modules": ["q_proj"]},
+    {"peft_type": "HRA", "r": 0, "target_modules": ["q_proj"]},
+    {"peft_type": "BOFT", "boft_block_size": 7, "target_modules": ["q_proj"]},
+    {"peft_type": "SHIRA", "r": 0, "target_modules": ["q_proj"]},
+)
+
+
+@kind("peft_config")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    change = draw.choice(BAD_PEFT) if draw.random() < 0.7 else None
+    values = {**_LORA, **change} if change else draw.choice(BAD_METHODS)
+    (folder / "peft.json").write_text(json.dumps(values))
+    flags = {"peft_config": folder / "peft.json", "lora_r": None, "lora_alpha": None}
+    return BadInput(json.dumps(change or values), flags, "peft_config")
+
+
+@kind("peft_config: a spoiled file")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    file = folder / "peft.json"
+    file.write_text(json.dumps(_LORA))
+    name = draw.choice(sorted(SPOILED))
+    SPOILED[name](file)
+    flags = {"peft_config": file, "lora_r": None, "lora_alpha": None}
+    return BadInput(name, flags, "peft_config")
+
+
+# --------------------------------------------------------------------------------------------------- what is around it
+
+
+@kind("environment")
+def _(folder: Path, draw: random.Random) -> BadInput:
+    (folder / "file").touch()
+    names = {
+        "a cache that is a file": ({"HF_DATASETS_CACHE": str(folder / "file")}, {}, "cache|train_file"),
+        "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed"),
+        "FSDP1": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "fsdp_version"),
+        "FSDP without GPUs": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {}, "FSDP"),
+        "a W&B id that is a path": ({"WANDB_RUN_ID": "../../x"}, {"output_dir": None}, "WANDB_RUN_ID"),
+        "a name that is a path": ({}, {"run_name": "../../x", "output_dir": None}, "run_name"),
+        "no W&B login": ({"WANDB_API_KEY": "", "HOME": str(folder)}, {"report_to": "wandb"}, "report_to"),
+        "a W&B key that is none": ({"WANDB_API_KEY": "abc", "HOME": str(folder)}, {"report_to": "wandb"}, "report_to"),
+    }
+    what = draw.choice(sorted(names))
+    environment, flags, named = names[what]
+    return BadInput(what, flags, named, environment)
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _rows(folder: Path) -> list[dict]:
+    return json.loads((folder / "train.json").read_text())
+
+
+def _write_rows(file: Path, rows: list[dict]) -> None:
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), errors="surrogatepass")
+    else:
+        file.write_text(json.dumps(rows))
+
+
+def _edit(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def copy_good(good: Path, folder: Path) -> None:
+    shutil.copytree(good / "tiny", folder / "tiny")
+    shutil.copy(good / "train.json", folder)
