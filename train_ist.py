@@ -133,7 +133,7 @@ def start(
         **environment(accelerator),
         **{"steps": checkpoint[1]["step"] if checkpoint else 0, "max_steps": max_steps},
         **{"layers": planned.layers.names, "layer_counts": rule.counts._asdict()},
-        **{"dropped_rows": data.dropped, "resumed_from": str(checkpoint[0]) if checkpoint else None},
+        **{**data.facts, "resumed_from": str(checkpoint[0]) if checkpoint else None},
         "trained_counts": checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * planned.layers.n_layers,
     }
     job = Job(args, config, data, peft_config, max_steps, checkpoint, configuration)

@@ -26,11 +26,16 @@ def _active() -> bool:
 
 
 def require_launcher() -> None:
-    """Refuse launchers that cannot train by layers: DeepSpeed, and FSDP1 with its flat parameters.
+    """Refuse launchers that cannot train by layers: DeepSpeed, and FSDP1 with its flat parameters; and half a launch.
 
     Raises:
         ConfigError: naming the config to use instead.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            "WORLD_SIZE is set, but not MASTER_ADDR: start with accelerate launch, or unset WORLD_SIZE, RANK and "
+            "LOCAL_RANK for one process."
+        )
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     for asked, launcher in (
         (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true", "DeepSpeed"),

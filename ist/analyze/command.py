@@ -42,10 +42,12 @@ from ist.evaluate.scorer import (
 from ist.loss import count_predicted
 from ist.report.tables import publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
-from ist.training.data import Data, collate, encode_rows, load_rows, load_tokenizer
+from ist.training.data import Data, collate
+from ist.training.encoding import encode_rows, load_tokenizer
 from ist.training.figures import drawn
 from ist.training.files import IMPORTANCE, append_line, keep_lines, model_digest, read_lines, read_object, replacing
 from ist.training.model import require_fitting
+from ist.training.reading import load_rows
 
 
 @dataclass
@@ -260,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
     scores = {path: read_importance(path) for path in args.importance}
     tokens = load_tokens(args, tokenizer, state.device)
     output_dir = Path(args.output_dir)
-    digests = digests_of(args)
+    digests = digests_of(args, training)
     digests["data_digest"] = files_digest([Path(args.text_file or args.rows_file)])
     claim_folder(output_dir, deciding(args) | digests, state, results=("ablations.jsonl",))
     # Loaded when the first evaluation needs it: a finished analysis needs none.

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from ist.training.command_line import UsageError
+from ist.training.conversation import conversation
+from ist.training.encoding import as_lists
+from ist.training.reading import KNOWN
 
 
 def extract_label(labels: Sequence[str]) -> Callable[[str], str | None]:
@@ -66,10 +69,13 @@ def answers_of(rows: Dataset, file: str) -> Answers:
     Raises:
         UsageError: no such column, or not one of the formats of the paper's tasks.
     """
-    if "answer" not in rows.column_names or "instruction" not in rows.column_names:
-        raise UsageError(f"--test_file {file} needs the columns instruction and answer; got {rows.column_names}.")
+    if "answer" not in rows.column_names or not {"instruction", "prompt", "messages"} & {*rows.column_names}:
+        raise UsageError(
+            f"--test_file {file} needs the columns instruction (or prompt, or messages) and answer; it has "
+            f"{', '.join(name for name in rows.column_names if name in KNOWN)}."
+        )
     if "choices" in rows.column_names:
-        for i, row in enumerate(rows):
+        for i, row in enumerate(map(as_lists, rows)):
             if not isinstance(row["choices"], list) or row["answer"] not in row["choices"] or "" in row["choices"]:
                 raise UsageError(
                     f"--test_file {file}, row {i}: answer must be one of choices, texts as a model would write them; "
@@ -99,6 +105,14 @@ def task_name(file: str) -> str:
     """boolq of boolq.json, and of boolq/test.json."""
     path = Path(file)
     return path.parent.resolve().name if path.stem in ("test", "validation", "train") else path.stem
+
+
+def question(row: dict) -> str:
+    """The text of a row that asks."""
+    if row.get("messages"):
+        contents = [turn["content"] for turn in conversation(row)[0] if turn["role"] == "user"]
+        return str(contents[-1]) if contents else ""
+    return row.get("instruction") or row.get("prompt") or ""
 
 
 def choices(instruction: str, answers: Answers) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from accelerate import PartialState
 from datasets import Dataset
 
-from ist.evaluate.answers import Answers, answers_of, choices, task_name
+from ist.evaluate.answers import Answers, answers_of, choices, question, task_name
 from ist.evaluate.scorer import (
     Scorer,
     ScorerArguments,
@@ -32,9 +32,11 @@ from ist.evaluate.scorer import (
     start,
 )
 from ist.report.statistics import wilson
+from ist.training.chat import ChatTemplate
 from ist.training.command_line import UsageError, command, parse_arguments, require
-from ist.training.data import load_rows, load_tokenizer, make_prompt
+from ist.training.encoding import as_lists, load_tokenizer, make_prompt
 from ist.training.files import json_digest, read_lines, write_json, write_lines, writing
+from ist.training.reading import load_rows
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Task(NamedTuple):
 
     def digest(self) -> str:
         """sha256 of all that an answer and its mark depend on, but for the model and the arguments."""
-        listed = self.rows["choices"] if self.answers.kind == "text" else None
+        listed = [as_lists(row)["choices"] for row in self.rows] if self.answers.kind == "text" else None
         return json_digest(
             [self.prompts, self.answers.kind, self.answers.gold, self.answers.labels, listed and [*listed]]
         )
@@ -87,11 +89,11 @@ def load_tasks(args: EvaluateArguments) -> list[Task]:
     Raises:
         UsageError: a file or a row that cannot be used.
     """
-    tasks, tokenizer = [], None
+    tasks, chat = [], None
     if args.test_file and args.prompt_template == "chat":
-        tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path, "chat")
+        chat = ChatTemplate(load_tokenizer("model_name_or_path", args.model_name_or_path, "chat", args.chat_template))
     for file in args.test_file:
-        rows = load_rows("test_file", [file])
+        rows = load_rows("test_file", [file], form=False)
         if args.max_rows:
             rows = rows.select(range(min(args.max_rows, len(rows))))
         answers = answers_of(rows, file)
@@ -100,7 +102,7 @@ def load_tasks(args: EvaluateArguments) -> list[Task]:
         prompts = []
         for i, row in enumerate(rows):
             try:
-                prompts.append(make_prompt(row, args.prompt_template, tokenizer))
+                prompts.append(make_prompt(row, args.prompt_template, chat))
             except UsageError as error:
                 raise UsageError(f"--test_file {file}: row {i} {error}.") from error
         tasks.append(Task(task_name(file), rows, answers, prompts))
@@ -157,7 +159,7 @@ def _score(task: Task, scorer: Scorer, mine: list[int], args: EvaluateArguments,
                 outputs = scorer.generate([prompts[i] for i in batch], tokens)
                 found = [(output, answers.extract(output)) for output in outputs]
             else:
-                found = [_most_likely(scorer, prompts[i], task.rows[i], answers) for i in batch]
+                found = [_most_likely(scorer, prompts[i], as_lists(task.rows[i]), answers) for i in batch]
             with writing(Path(file.name)):
                 for i, (output, extracted) in zip(batch, found, strict=True):
                     line = {"row": i, "prompt": prompts[i], "output": output, "extracted": extracted}
@@ -169,7 +171,7 @@ def _score(task: Task, scorer: Scorer, mine: list[int], args: EvaluateArguments,
 def _most_likely(scorer: Scorer, prompt: str, row: dict, answers: Answers) -> tuple[str, str]:
     """(log-likelihoods as JSON, the best choice): of labels worded as in the training rows; of texts per character, so
     that length does not decide (acc_norm of lm-evaluation-harness)."""
-    listed = list(dict.fromkeys(row["choices"])) if answers.kind == "text" else choices(row["instruction"], answers)
+    listed = list(dict.fromkeys(row["choices"])) if answers.kind == "text" else choices(question(row), answers)
     wordings = {"letter": "The answer is ({}).", "text": "{}"}
     wording = wordings.get(answers.kind, "the correct answer is {}")
     values = scorer.log_likelihoods([(prompt, wording.format(choice)) for choice in listed])
@@ -198,7 +200,7 @@ def main(argv: Sequence[str]) -> int:
     tasks = load_tasks(args)
     texts = {Path(file).stem: read_text("perplexity_file", file) for file in args.perplexity_file}
     output_dir = Path(args.output_dir)
-    digests = digests_of(args)
+    digests = digests_of(args, training)
     claim_folder(output_dir, deciding(args) | digests, state, {task.name: task.digest() for task in tasks})
     scorer = cache(partial(load_scorer, args, state.device))  # a finished evaluation loads no model
     results = {task.name: evaluate_task(task, scorer, args, state) for task in tasks}

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.distributed import from_main, reduce_sum
 from ist.training.command_line import UsageError, brief, require
-from ist.training.data import TEMPLATES, collate, load_tokenizer
+from ist.training.data import collate
+from ist.training.encoding import TEMPLATES, load_tokenizer
 from ist.training.files import file_digest, json_digest, model_digest, read_object, write_json
 from ist.training.record import require_writable
 from ist.training.weights import load_adapter, load_pretrained
@@ -118,6 +119,10 @@ class ScorerArguments:
     prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] | None = field(
         default=None, metadata={"help": "Default: that of the run that made the adapter (its run.json), else alpaca."}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "In the place of the tokenizer's; default: that of the run that made the adapter."},
+    )
     max_length: int = field(default=1024, metadata={"help": "Tokens of a window of plain text."})
     batch_size: int = field(default=16, metadata={"help": "Rows at a time."})
 
@@ -170,14 +175,23 @@ def files_digest(files: Iterable[Path]) -> str:
     return json_digest(digests)[:16]
 
 
-def digests_of(args: "ScorerArguments") -> dict[str, str | None]:
-    """{model_digest, adapter_digest} by content, read by the main process alone."""
+def digests_of(args: "ScorerArguments", training: dict | None) -> dict[str, str | None]:
+    """{model_digest, adapter_digest} by content, read by the main process alone.
+
+    Raises:
+        UsageError: the base model's files are no longer those that the adapter was trained on.
+    """
 
     def read() -> dict[str, str | None]:
-        return {
-            "model_digest": model_digest(args.model_name_or_path),
-            "adapter_digest": adapter_digest(args.adapter),
-        }
+        base = model_digest(args.model_name_or_path)
+        there = training["configuration"] if training and args.adapter and not args.any_base else {}
+        same_name = there.get("model_name_or_path") == args.model_name_or_path
+        if same_name and there.get("model_digest", base) != base:
+            raise UsageError(
+                f"--model_name_or_path {args.model_name_or_path}: its files have changed since the adapter was trained "
+                "on them; --any_base true takes them."
+            )
+        return {"model_digest": base, "adapter_digest": adapter_digest(args.adapter)}
 
     return from_main(read, UsageError)
 
@@ -206,7 +220,9 @@ def read_text(key: str, file: str) -> str:
 
 
 def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
-    tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path, args.prompt_template, padding_side="left")
+    tokenizer = load_tokenizer(
+        *("model_name_or_path", args.model_name_or_path, args.prompt_template, args.chat_template), padding_side="left"
+    )
     model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, dtype=args.dtype)
     if args.adapter:
         model = load_adapter(model, args.adapter)
@@ -249,6 +265,8 @@ def start(args: ScorerArguments) -> tuple[PartialState, dict | None]:
             file = Path(args.adapter or args.model_name_or_path) / "../run.json"
             raise UsageError(f"{file} has the prompt_template {template}, which is none: give --prompt_template.")
         args.prompt_template = template
+    if args.chat_template is None and args.prompt_template == "chat" and training:
+        args.chat_template = training["configuration"].get("chat_template")
     require_base(args)
     return state, training
 

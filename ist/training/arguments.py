@@ -36,15 +36,32 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
 
-    train_file: list[str] | None = option(None, "JSON, JSONL or Parquet file(s) with instruction, output or messages.")
-    dataset_name: str | None = option(None, "Instead: a dataset on the Hub or on disk (its train split).")
+    train_file: list[str] | None = option(
+        None,
+        "Files, folders or patterns of rows: JSON, JSONL, CSV, TSV, Parquet, Arrow, .txt (its lines), each also .gz.",
+    )
+    dataset_name: str | None = option(None, "Instead: a dataset on the Hub, or one that was saved to disk.")
+    dataset_config: str | None = option(None, "Configuration of the dataset on the Hub (gsm8k: main).")
+    dataset_split: str = option("train", "Its split; of --train_file, the split of a folder that save_to_disk wrote.")
+    column_mapping: list[str] | None = option(
+        None, "Other names of columns, THEIRS=OURS: question=instruction answer=output."
+    )
+    max_samples: int | None = option(None, "At most so many rows of each set, its first ones.")
+    train_weights: list[float] | None = option(
+        None, "How often the rows of each train_file come in an epoch, one number each (0.5: half of them)."
+    )
     validation_file: list[str] | None = option(None, "Rows to measure validation loss on.")
     validation_size: float = option(
         0, "Instead: take this share (below 1) or number of training rows; the same rows whatever the seed."
     )
-    max_length: int = option(256, "Tokens of a row; what is longer is cut.")
+    max_length: int = option(1024, "Tokens of a row.")
+    overlong: Literal["truncate", "drop", "error"] = option("truncate", "What becomes of a row of more tokens.")
+    preprocessing_num_workers: int | None = option(None, "Processes that tokenise.")
     prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = option(
         "alpaca", "llm_adapters: the paper's, to the byte; chat: the tokenizer's; none: instruction + input + output."
+    )
+    chat_template: str | None = option(
+        None, "In the place of the tokenizer's: a file, or the name of one of trl's (needs trl installed)."
     )
     completion_only_loss: bool = option(False, "Loss on the answer (all assistant turns) only.")
     packing: bool = option(False, "Rows of a micro-batch end to end instead of padded, each attending to itself alone.")
@@ -58,6 +75,16 @@ class DataArguments:
         whole = 0 <= size < math.inf and (size < 1 or size == int(size))
         require(whole, "validation_size", "a fraction below 1 or a number of rows", size)
         require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
+        for key in ("max_samples", "preprocessing_num_workers"):
+            require(getattr(self, key) is None or getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        for weight in self.train_weights or ():
+            require(0 < weight < math.inf, "train_weights", "finite numbers above 0", weight)
+        if self.train_weights and not self.train_file:
+            raise UsageError("--train_weights needs --train_file: a number for each of them.")
+        if self.dataset_config and not self.dataset_name:
+            raise UsageError("--dataset_config needs --dataset_name.")
+        if self.chat_template and self.prompt_template != "chat":
+            raise UsageError(f"--chat_template needs --prompt_template chat; got {self.prompt_template}.")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def call(*args, **options) -> int:
+        if sys.flags.optimize > 1:
+            raise UsageError("PYTHONOPTIMIZE=2 removes docstrings that transformers reads: set it to 1, or unset it.")
         try:
             return main(*args, **options)
         except ConfigError as error:
@@ -207,6 +209,8 @@ def _protect_streams() -> None:
     for name in ("stdout", "stderr"):
         # Python has None for a stream that was closed.
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding does not have costs no run
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _LossyStream(stream))
 
 

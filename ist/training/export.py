@@ -91,4 +91,6 @@ def _write_card(folder: Path, job: Job, counts: LayerCounts, data: ModelCardData
         steps=job.max_steps,
         batch=job.batch_size,
     )
-    card.save(folder / "README.md")
+    # A path that is no text in this locale's encoding is no text in the card either.
+    text = str(card).encode("utf-8", "backslashreplace").decode()
+    (folder / "README.md").write_text(text, encoding="utf-8")

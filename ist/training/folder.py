@@ -36,8 +36,8 @@ def held_folder(output_dir: Path) -> Iterator[None]:
 
 def _take(folder: Path) -> tuple[int, list[Path]]:
     """(its descriptor, which holds the lock; the folders that had to be made, the innermost first)."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         # A launcher that was killed may have left its last process running.
         descriptor = os.open(folder, os.O_RDONLY)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -252,8 +252,17 @@ def _adapter_errors(args: Arguments) -> Iterator[None]:
 
 
 def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> None:
-    """Stop now, not with an index error in mid-run, when the model cannot take the rows."""
-    rows = data.rows["input_ids"]
+    """Stop now, not with an index error in mid-run, when the model cannot take the rows.
+
+    Raises:
+        UsageError: a token beyond the embedding, or a row longer than the positions that the model has.
+    """
+    for rows in (data.rows, data.validation):
+        if rows is not None:
+            _require_fitting(rows["input_ids"], config, vocabulary)
+
+
+def _require_fitting(rows: Sequence[list[int]], config: PretrainedConfig, vocabulary: int) -> None:
     if (token := max(map(max, rows))) >= vocabulary:
         raise UsageError(
             f"the tokenizer gives token {token}, the model's embedding has {vocabulary}: they do not belong."

@@ -180,8 +180,9 @@ def description(
         f"{args.model_name_or_path}: {n_layers} layers, {n_trained} trained per step (selection {args.selection}), "
         f"{count:,} {'adapter' if job.peft_config else 'trainable'} parameters, "
         f"on {device.type}, {args.attn_implementation} attention",
-        f"{len(data.rows)} training rows ({data.dropped} dropped: nothing of their answer within --max_length), "
+        f"{len(data.rows)} training rows ({data.dropped} dropped), "
         f"{len(data.validation or ())} validation rows; steps {done} to {max_steps} of {job.batch_size} rows",
+        *data.notes,
         f"run folder: {job.output_dir}",
     ]
     if device.type == "cpu" and torch.get_num_threads() * world_size < (os.cpu_count() or 1):

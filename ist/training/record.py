@@ -135,6 +135,9 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
     run = read_run(output_dir)
     results = [output_dir / name for name in ("adapter", "model")]
     holds_results = read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or any(p.exists() for p in results)
+    left = [output_dir / name for name in (METRICS, IMPORTANCE, PICTURE)]
+    if run is None and not holds_results:  # what is none of ours is not overwritten either
+        holds_results = any(path.exists() and path.stat().st_size for path in left)
     if not holds_results:
         return False
     if run is None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ist.evaluate.answers import task_name
 from ist.training.command_line import UsageError, brief
-from ist.training.data import load_rows
+from ist.training.encoding import as_lists
 from ist.training.files import write_text
+from ist.training.reading import KNOWN, load_rows
 
 PIECE = 1200  # characters of a row made of plain text: more than max_length, so that none ends in the middle of a text
 LISTED = re.compile(r"\s*\b(?:Answer|Solution|Ending|Option)\d: *")  # LLM-Adapters' choices in an instruction
@@ -46,7 +47,8 @@ def rows_of(key: str, files: Sequence[str], answer_texts: bool = False) -> list[
         rows = load_rows(key, files)
         if "instruction" not in rows.column_names:
             raise UsageError(f"--{key} needs the columns instruction and output; got {', '.join(rows.column_names)}.")
-        return [in_words(row, f"{key} row {i}") if answer_texts else row for i, row in enumerate(rows)]
+        known = [{name: value for name, value in as_lists(row).items() if name in KNOWN} for row in rows]
+        return [in_words(row, f"{key} row {i}") if answer_texts else row for i, row in enumerate(known)]
     if answer_texts or not all(file.endswith(".txt") for file in files):
         rows_wanted = "needs rows, for answer_texts" if answer_texts else "must not mix plain text with rows"
         raise UsageError(f"--{key} {rows_wanted}; got {', '.join(files)}.")

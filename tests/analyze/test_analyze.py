@@ -26,7 +26,7 @@ from ist.analyze.results import agreement, agreement_table, compare_importance, 
 from ist.evaluate.scorer import adapter_digest
 from ist.training.arguments import SelectionArguments
 from ist.training.command_line import UsageError, parse_arguments
-from ist.training.data import make_prompt
+from ist.training.encoding import make_prompt
 
 N_LAYERS, PLANTED = 4, 1
 FILES = ("ablations.jsonl", "analysis.json", "arguments.json", "layers.png", "lines.jsonl")

@@ -21,7 +21,7 @@ from ist.evaluate.answers import task_name as name_of
 from ist.evaluate.command import main
 from ist.report.statistics import wilson
 from ist.training.command_line import UsageError
-from ist.training.data import make_prompt
+from ist.training.encoding import make_prompt
 from ist.training.word_problems import arithmetic_rows
 
 BOOLS, SOLUTIONS, ANSWERS, ENDINGS, OPTIONS = LABELS

@@ -187,7 +187,8 @@ CHATML = (
 def encoded_rows(work: Path) -> dict[str, Any]:
     """{template and completion_only_loss: token ids and labels of the first rows, and how many rows were dropped}."""
     try:
-        from ist.training.data import encode_rows, load_rows
+        from ist.training.encoding import encode_rows
+        from ist.training.reading import load_rows
     except ImportError:  # before the house
         from ist.data import encode_rows, load_rows
     from transformers import AutoTokenizer

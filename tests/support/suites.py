@@ -105,15 +105,20 @@ def checkpoint_differences(one: Path, two: Path) -> list[str]:
     return ([] if same else ["optimizer"]) + [key for key in keys if states[0].get(key) != states[1][key]]
 
 
+def heading(title: str, command: str) -> list[str]:
+    """The first lines of a page of results."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return [f"# {title}", "", f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}. {command}", ""]
+
+
 def write_results(file: Path, title: str, command: str, outcomes: Sequence[str], results: Iterable[dict]) -> None:
     """A Markdown page: a table for each topology, and what was not as it must be.
 
     A result has topology, kind, outcome, and where it is a fault also number and what (as one line).
     """
     results = list(results)
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    lines = [f"# {title}", "", f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}. {command}"]
+    lines = heading(title, command)
     for topology in dict.fromkeys(result["topology"] for result in results):
         those = [result for result in results if result["topology"] == topology]
         counts = Counter((result["kind"], result["outcome"]) for result in those)
@@ -123,9 +128,9 @@ def write_results(file: Path, title: str, command: str, outcomes: Sequence[str],
         ]
         totals = Counter(result["outcome"] for result in those)
         rows.append(["**all**", *(f"**{totals[outcome]}**" for outcome in outcomes)])
-        lines += ["", f"## {topology}: {len(those)}", "", *markdown_table(["kind", *outcomes], rows)]
+        lines += [f"## {topology}: {len(those)}", "", *markdown_table(["kind", *outcomes], rows), ""]
     faults = [result for result in results if result.get("fault")]
-    lines += ["", f"## Not as it must be: {len(faults)}", ""]
+    lines += [f"## Not as it must be: {len(faults)}", ""]
     for result in faults:
         lines.append(
             f"- {result['topology']} {result['number']}, {result['kind']} ({result['what']}): {result['fault']}"

@@ -11,7 +11,7 @@ from support import ROOT, read_lines
 from support.runs import assert_same_adapter, cut_after
 
 from ist.training.command_line import UsageError
-from ist.training.data import load_rows
+from ist.training.reading import load_rows
 
 RECIPES = {
     "lora_r: 4\nseed: 1\nlora_r: 8\n": "the key lora_r is given twice",

@@ -11,17 +11,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MambaConfig, MambaForC
 from ist.loss import token_loss_sum
 from ist.probe import probe_rows
 from ist.training.command_line import UsageError
-from ist.training.data import (
-    IGNORE,
-    GlobalBatches,
-    collate,
-    encode,
-    encode_rows,
-    load_rows,
-    make_prompt,
-    micro_batches,
-    pack,
-)
+from ist.training.data import IGNORE, GlobalBatches, collate, micro_batches, pack
+from ist.training.encoding import encode, encode_rows, make_prompt
+from ist.training.reading import load_rows
 from ist.training.word_problems import arithmetic_rows
 
 ROW = {"instruction": "Add 2 and 3.", "input": "", "output": "2 + 3 = 5.", "answer": "5"}
@@ -81,7 +73,7 @@ def test_every_assistant_turn_carries_loss(tokenizer):
         {"role": "user", "content": "And 2 + 2?"},
         {"role": "assistant", "content": "It is 4."},
     ]
-    row = encode({"messages": messages}, "chat", tokenizer, 256, completion_only_loss=True)
+    row = encode({"messages": json.dumps(messages)}, "chat", tokenizer, 256, completion_only_loss=True)
     spans, span = [], []
     for label in [*row["labels"], IGNORE]:
         if label != IGNORE:
@@ -100,9 +92,9 @@ def test_eos_only_where_it_fits_and_cut_answers_are_dropped(tokenizer):
     assert encode(ROW, "alpaca", tokenizer, length - 1, True)["input_ids"][-1] != tokenizer.eos_token_id
     long = {**ROW, "instruction": "Add 2 and 3. " * 50}
     encoded, dropped = encode_rows(Dataset.from_list([ROW, long]), "train_file", "alpaca", tokenizer, length, True)
-    assert (len(encoded), dropped) == (1, 1)
+    assert (len(encoded), dropped.dropped, dropped.longest > length) == (1, 1, True)
     encoded, dropped = encode_rows(Dataset.from_list([ROW, long]), "train_file", "alpaca", tokenizer, length, False)
-    assert (len(encoded), dropped) == (2, 0)
+    assert (len(encoded), dropped.dropped, dropped.cut) == (2, 0, 1)
     with pytest.raises(UsageError, match=r"no row has an answer left.*max_length 20"):
         encode_rows(Dataset.from_list([long]), "train_file", "alpaca", tokenizer, 20, True)
 
@@ -114,7 +106,9 @@ def test_a_row_that_holds_no_text_is_refused(tokenizer):
 
 def test_a_chat_template_that_refuses_the_row_names_it(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UsageError, match=r"row 0 does not suit the model's chat template: roles must alternate"):
+    with pytest.raises(
+        UsageError, match=r"shows no text of a user: does not suit the model's chat template: roles must alternate"
+    ):
         encode_rows(Dataset.from_list([ROW]), "train_file", "chat", tokenizer, 99, True)
     tokenizer.chat_template = CHAT_TEMPLATE
 
@@ -129,11 +123,12 @@ def test_tokenised_rows_are_not_kept_for_another_tokenizer(tokenizer):
     assert first[-1] != second[-1] == 1
 
 
-def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_a_chat_template_that_numbers_its_turns_is_split(tokenizer):
+    """Earlier turns are another text once there are further ones: the whole conversation decides."""
     tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
-    messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
-    with pytest.raises(UsageError, match="rewrites earlier turns"):
-        encode({"messages": messages}, "chat", tokenizer, 256, True)
+    messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    row = encode({"messages": messages}, "chat", tokenizer, 256, True)
+    assert tokenizer.decode([label for label in row["labels"] if label != IGNORE]) == "b</s>d</s>"
     tokenizer.chat_template = CHAT_TEMPLATE
 
 
@@ -148,9 +143,11 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
     as_jsonl = load_rows("train_file", write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     as_parquet = load_rows("train_file", [str(tmp_path / "a.parquet")])
-    assert as_json.to_list() == as_jsonl.to_list() == as_parquet.to_list() == rows
+    for read in (as_json, as_jsonl, as_parquet):
+        assert read.select_columns(list(rows[0])).to_list() == rows
+        assert read["row"] == [0, 1, 2, 3, 4]
     both = load_rows("train_file", [str(tmp_path / "a.json"), str(tmp_path / "a.jsonl")])
-    assert both.to_list() == rows + rows
+    assert both.select_columns(list(rows[0])).to_list() == rows + rows
 
 
 @pytest.mark.parametrize(
@@ -158,10 +155,10 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
     [
         ("missing.json", None, "no such file"),
         ("empty.json", "", "is empty"),
-        ("rows.csv", "a,b", r"must end in \.json, \.jsonl or \.parquet"),
+        ("rows.doc", "a,b", r"must end in \.json, \.jsonl, .*, or in one of these and \.gz"),
         ("broken.json", '[{"instruction": "a", ', "is not valid JSON"),
         ("prose.jsonl", "Once upon a time", "is not valid JSONL"),
-        ("null.json", "null", "is not valid JSON"),
+        ("null.json", "null", "must hold a list of rows, or a row on each line; it holds None"),
         ("none.json", "[]", "holds no rows|is not valid JSON"),
         ("columns.json", '[{"question": "a", "answer": "b"}]', "needs the columns instruction and output.*question"),
     ],

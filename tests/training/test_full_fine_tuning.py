@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
 def test_all_layers_without_adapters_is_plain_full_fine_tuning(train, tiny, rows, tmp_path):
-    from ist.training.data import GlobalBatches, encode
+    from ist.training.data import GlobalBatches
+    from ist.training.encoding import encode
 
     assert train(selection="all", peft_method="none") == 0
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist.training.command_line import UsageError
-from ist.training.data import encode
+from ist.training.encoding import encode
 
 
 def test_a_peft_config_with_some_layers_and_a_module_trained_whole(train, tmp_path, capsys):

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from ist.loss import token_loss_sum
 from ist.sampler import seeded_generator
 from ist.training.command_line import UsageError
-from ist.training.data import GlobalBatches, encode
+from ist.training.data import GlobalBatches
+from ist.training.encoding import encode
 
 
 def plain_peft_loop(tiny: Path, rows: list[dict], steps: int, dropout: float) -> tuple[dict, list[float]]:

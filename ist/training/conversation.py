@@ -1,0 +1,151 @@
+"""The turns that a row of `read_rows` holds, as chat templates of transformers take them."""
+
+import json
+from typing import Any
+
+from ist.training.command_line import UsageError
+
+# ShareGPT's names of roles.
+ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "function_call": "assistant"}
+
+
+def conversation(row: dict[str, Any]) -> tuple[list[dict], list | None, list[bool]]:
+    """A row of any form as (turns, tools, which turns are to be learnt).
+
+    Raises:
+        UsageError: it holds no conversation, or no answer.
+    """
+    tools = as_list(row["tools"]) if row.get("tools") else None
+    if row.get("messages"):
+        turns = _turns(row["messages"], "messages")
+        learn = [turn["role"] == "assistant" and _weight(turn) for turn in turns]
+    elif is_turns(row.get("prompt")) or is_turns(row.get("completion")):
+        if not all(is_turns(row.get(key)) for key in ("prompt", "completion")):
+            raise UsageError("must hold prompt and completion both as turns, or both as text")
+        prompt, completion = (_turns(row[key], key) for key in ("prompt", "completion"))
+        turns = prompt + completion
+        learn = [i >= len(prompt) and turn["role"] == "assistant" and _weight(turn) for i, turn in enumerate(turns)]
+    else:
+        question, answer = question_and_answer(row)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        learn = [False, True]
+        if row.get("history"):
+            pairs = as_list(row["history"])
+            if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+                raise UsageError("must hold history as pairs of texts")
+            earlier = [{"role": ("user", "assistant")[j], "content": str(pair[j])} for pair in pairs for j in (0, 1)]
+            turns, learn = earlier + turns, [turn["role"] == "assistant" for turn in earlier] + learn
+    if row.get("system"):
+        if turns[0]["role"] == "system":
+            raise UsageError("holds a system column and a system turn: leave one out")
+        turns, learn = [{"role": "system", "content": row["system"]}, *turns], [False, *learn]
+    if not any(turn["role"] == "assistant" and _says(turn) for turn in turns):
+        raise UsageError("has no answer: no assistant turn with content")
+    return turns, tools, learn
+
+
+def question_and_answer(row: dict[str, Any], may_be_empty: bool = False) -> tuple[str, str]:
+    """The user's text and the assistant's, of an instruction row or one of prompt and completion.
+
+    Raises:
+        UsageError: there is no answer; or no question, unless it `may_be_empty`.
+    """
+    if row.get("instruction") is not None or row.get("output") is not None:
+        question, answer, column = row.get("instruction") or "", row.get("output") or "", "output"
+        if row.get("input"):
+            question = f"{question}\n\n{row['input']}"
+    elif row.get("prompt") is not None:
+        question, answer, column = row["prompt"], row.get("completion") or "", "completion"
+    else:
+        raise UsageError("holds neither a conversation nor an instruction with its output")
+    for name, value in ((column, answer), ("instruction", question)):
+        if not isinstance(value, str):
+            raise UsageError(f"has a {type(value).__name__} in {name}, where text is wanted")
+    if not answer.strip():
+        raise UsageError(f"has no answer: {column} is empty")
+    if not question.strip() and not may_be_empty:
+        raise UsageError("has no instruction")
+    return question, answer
+
+
+def as_list(value: str | list) -> list:
+    """A list of a row; `read_rows` has it as JSON."""
+    if isinstance(value, list):
+        return value
+    parsed: list = json.loads(value)
+    return parsed
+
+
+def is_turns(value: str | list | None) -> bool:
+    """Whether prompt or completion holds turns, not text."""
+    return isinstance(value, list) or (value or "").startswith("[{")
+
+
+def _says(turn: dict) -> bool:
+    content = turn.get("content")
+    if isinstance(content, list):
+        return any(part["text"].strip() for part in content)
+    return bool((content or "").strip() or turn.get("tool_calls"))
+
+
+def _weight(turn: dict) -> bool:
+    """Whether a turn is to be learnt, by its own `weight` or `train`, which are taken out."""
+    weight = turn.pop("weight", None)
+    train = turn.pop("train", None)
+    if weight not in (None, 0, 1):
+        raise UsageError(f"has a turn of weight {weight}: 0 and 1 are served")
+    if train not in (None, True, False):
+        raise UsageError(f"has a turn with train {train}: true and false are served")
+    return bool(1 if weight is None else weight) and train is not False
+
+
+def _turns(text: str | list, column: str) -> list[dict]:
+    """The turns of a column: roles and contents as transformers names them, text parts in their order."""
+    turns = []
+    for i, raw in enumerate(as_list(text)):
+        turn = dict(raw) if isinstance(raw, dict) else {}
+        if "from" in turn and "role" not in turn:
+            turn["role"] = turn.pop("from")
+            turn["content"] = turn.pop("value", None)
+        turn["role"] = ROLES.get(turn.get("role"), turn.get("role")) if isinstance(turn.get("role"), str) else None
+        content = turn.get("content")
+        if content is None and isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]:
+            turn["content"] = ""
+        elif isinstance(content, list):
+            turn["content"] = _parts(content, i)
+        elif not isinstance(content, str):
+            turn["role"] = None
+        if not turn["role"]:
+            raise UsageError(
+                f'must hold {column} as a list of {{"role": text, "content": text}}; turn {i} is '
+                f"{json.dumps(raw, ensure_ascii=False)[:60]}"
+            )
+        if turn.get("tool_calls"):
+            turn["tool_calls"] = [_call(call, i) for call in turn["tool_calls"]]
+        turns.append({key: value for key, value in turn.items() if value is not None})
+    if not turns:
+        raise UsageError(f"has no turns in {column}")
+    return turns
+
+
+def _parts(parts: list, i: int) -> list[dict]:
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UsageError(f"has a part of type {kind} in turn {i}: parts of type text are served")
+    return [{"type": "text", "text": part["text"]} for part in parts]
+
+
+def _call(call: Any, i: int) -> dict:
+    """A tool call with its arguments as an object, which most templates want."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UsageError(f"has a tool call without a name in turn {i}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            raise UsageError(f"has a tool call whose arguments are not JSON in turn {i}") from None
+    kept = {key: value for key, value in call.items() if key in ("id", "type")}
+    return {"type": "function", **kept, "function": {"name": function["name"], "arguments": arguments}}
