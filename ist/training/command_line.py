@@ -160,7 +160,7 @@ def parse_arguments(
             if key not in [*known, "help", "config"]:
                 close = difflib.get_close_matches(key, known, n=1)
                 raise UsageError(
-                    f"unknown key --{key}." + (f" Did you mean --{close[0]}?" if close else " See --help.")
+                    f"unknown key {flag.split('=')[0]}." + (f" Did you mean --{close[0]}?" if close else " See --help.")
                 )
     for i, flag in enumerate(flags):
         if flag == "" or (flag.startswith("--") and flag.endswith("=")):
@@ -242,7 +242,8 @@ def print_error(error: Exception) -> None:
     """One line, once: ranks that have the same error leave it to the first of them."""
     if is_first_to_say(str(error)):
         rank = os.environ.get("RANK", "0")
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
+        told = " ".join(str(error).splitlines())  # a name may hold a line end
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {told}", file=sys.stderr, flush=True)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

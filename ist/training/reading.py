@@ -72,20 +72,26 @@ def find_sources(key: str, paths: Sequence[str], split: str = "train") -> list[S
     """
     sources = []
     for path in paths:
-        if Path(path).is_dir():
-            if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-                digests = [file_digest(file) for file in sorted(Path(path).rglob("*.arrow"))]
-                sources.append(Source(path, "disk", json_digest(digests), split=split))
-                continue
-            found = sorted(str(file) for file in Path(path).iterdir() if _kind(file) and file.is_file())
-            if not found:
-                raise UsageError(f"--{key} {path} holds no files of rows ({', '.join(KINDS)}, each also .gz).")
-        elif Path(path).exists() or not glob.has_magic(path):
-            found = [path]
-        elif not (found := sorted(glob.glob(path, recursive=True))):
-            raise UsageError(f"--{key} {path}: no such file.")
-        sources += [_source(key, file) for file in found]
+        try:
+            sources += _sources_of(key, path, split)
+        except OSError as error:  # a name too long, a folder that may not be read
+            raise UsageError(f"--{key} {path} cannot be read: {error.strerror}.") from error
     return sources
+
+
+def _sources_of(key: str, path: str, split: str) -> list[Source]:
+    if Path(path).is_dir():
+        if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            digests = [file_digest(file) for file in sorted(Path(path).rglob("*.arrow"))]
+            return [Source(path, "disk", json_digest(digests), split=split)]
+        found = sorted(str(file) for file in Path(path).iterdir() if _kind(file) and file.is_file())
+        if not found:
+            raise UsageError(f"--{key} {path} holds no files of rows ({', '.join(KINDS)}, each also .gz).")
+    elif Path(path).exists() or not glob.has_magic(path):
+        found = [path]
+    elif not (found := sorted(glob.glob(path, recursive=True))):
+        raise UsageError(f"--{key} {path}: no such file.")
+    return [_source(key, file) for file in found]
 
 
 def hub_source(key: str, name: str, config: str | None, split: str) -> Source:

@@ -2,8 +2,8 @@
 
     python tests/support/bad_input.py --times 300 [--seed 1] [--kinds "recipe" "rows: a strange value"] [--output FILE]
 
-The kinds are in bad_inputs.py, each about as often as any other. A command runs in a fork of this process, so that
-torch is loaded once. Exit code 1: something was not as it must be.
+The kinds are in bad_inputs.py and bad_models.py, each about as often as any other. A command runs in a fork of this
+process, so that torch is loaded once. Exit code 1: something was not as it must be.
 """
 
 import argparse
@@ -23,11 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train_ist
 from ist.training.command_line import run_command
-from support import reset_accelerate, suites
+from support import bad_models, reset_accelerate, suites
 from support.bad_inputs import KINDS, BadInput, copy_good
 
 OUTCOMES = ("refused", "ran", "other error", "hang")
 LIMIT_SECONDS = 60
+assert bad_models  # which adds its kinds
 
 
 def command_line(folder: Path, bad: BadInput) -> list[str]:

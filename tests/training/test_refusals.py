@@ -204,7 +204,7 @@ def test_what_cannot_be_sharded_is_refused(tiny, tmp_path, config, message):
         ({"trained_layers": 5}, None, "got 5"),
         ({"suppression": 2}, None, "--suppression must be in [0, 1]"),
         ({}, "[{", "is not valid JSON"),
-        ({}, "null", "is not valid JSON"),
+        ({}, "null", "must hold a list of rows"),
         ({}, '[{"question": 1}]', "needs the columns instruction and output"),
         ({}, '[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "}]', "row 1 has no answer"),
     ],
