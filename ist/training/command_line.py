@@ -25,6 +25,12 @@ from ist.config import ConfigError
 from ist.distributed import is_first_to_say
 from ist.training.files import WriteError
 
+if sys.flags.optimize > 1:  # before the models of transformers are imported, which fails in many lines
+    print(
+        "error: PYTHONOPTIMIZE=2 removes docstrings that transformers reads: set it to 1, or unset it.", file=sys.stderr
+    )
+    sys.exit(2)
+
 
 class UsageError(Exception):
     """Bad arguments, bad data, a wrong folder. Its text is the one line that a user sees."""
@@ -40,8 +46,6 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def call(*args, **options) -> int:
-        if sys.flags.optimize > 1:
-            raise UsageError("PYTHONOPTIMIZE=2 removes docstrings that transformers reads: set it to 1, or unset it.")
         try:
             return main(*args, **options)
         except ConfigError as error:

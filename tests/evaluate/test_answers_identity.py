@@ -176,3 +176,16 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
 
     with pytest.raises(ReadError, match="a/c is no folder, and no model of the Hub or its cache"):
         model_digest("a/c")
+
+
+def test_a_base_that_has_changed_since_training_is_refused(folder):
+    """The run that made the adapter has a digest of its base, by whose name another one is there now."""
+    (folder / "run").mkdir()
+    (folder / "adapter").rename(folder / "run/adapter")
+    (folder / "adapter").symlink_to(folder / "run/adapter")
+    configuration = {"model_name_or_path": str(folder / "tiny"), "model_digest": model_digest(str(folder / "tiny"))}
+    (folder / "run/run.json").write_text(json.dumps({"configuration": {**configuration, "prompt_template": "alpaca"}}))
+    run(folder)
+    other_base(folder)
+    with pytest.raises(UsageError, match="its files have changed since the adapter was trained"):
+        run(folder, output_dir="new")

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import tiny_config
+from support import ROOT, tiny_config
 from transformers import LlamaForCausalLM
 
 from ist.training.arguments import parse_training_arguments
@@ -220,3 +222,45 @@ def test_bad_input_exits_with_2_and_one_line(train_process, tmp_path, options, t
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, {}, "WORLD_SIZE is set, but not MASTER_ADDR"),
+        ({"PYTHONOPTIMIZE": "2"}, {}, "PYTHONOPTIMIZE=2 removes docstrings"),
+        ({}, {"output_dir": "x" * 260}, f"--output_dir {'x' * 260} cannot be written: File name too long"),
+        (
+            {},
+            {"train_file": "x" * 260 + ".json"},
+            "--train_file " + "x" * 260 + ".json cannot be read: File name too long",
+        ),
+    ],
+)
+def test_what_a_reader_found(arguments, tmp_path, environment, options, message):
+    """Attacks by a reader who knew the README and --help alone (launch/results/attacks.md)."""
+    command = [sys.executable, str(ROOT / "train_ist.py"), *arguments(**options)]
+    result = subprocess.run(
+        command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_files_of_others_are_not_overwritten(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds results but no run\.json"):
+        train()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "mine"
+
+
+def test_a_terminal_without_these_letters_costs_no_run(arguments, tmp_path):
+    command = [sys.executable, str(ROOT / "train_ist.py"), *arguments(output_dir=tmp_path / "é日", max_steps=2)]
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        command, env=os.environ | ascii_alone, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "é日/adapter/README.md").is_file()
