@@ -69,7 +69,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._template = tokenizer.get_chat_template()
+        # Some tokenizers have one of its own for conversations with tools.
+        self._template, self._tool_template = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
         self._generation = bool(_GENERATION.search(self._template))
         self._specials = sorted(
             (token for token in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} if token), key=len
@@ -107,8 +108,10 @@ class ChatTemplate:
             return Rendered(text, [], True)
         there = {span.turn for span in spans}
         own = [self._turn(text, spans, i) for i, wanted in enumerate(learn) if wanted and i in there]
-        generated = self._generated(turns, tools, text, own) if self._generation else None
-        return Rendered(text, generated or [(turn.start, turn.end) for turn in own], all(turn.stops for turn in own))
+        learnt = [(turn.start, turn.end) for turn in own]
+        if self._generation:
+            learnt = self._generated(turns, tools, text, own) or learnt
+        return Rendered(text, learnt, all(turn.stops for turn in own))
 
     def prompt(self, turns: list[dict], tools: list | None = None) -> str:
         """The text before the next answer of the assistant, for generation."""
@@ -125,7 +128,7 @@ class ChatTemplate:
             texts, spans = render_jinja_template(
                 conversations=[self._prepared(turns)],
                 tools=tools,
-                chat_template=self._template,
+                chat_template=self._tool_template if tools else self._template,
                 **{**self._tokenizer.special_tokens_map, **options},
             )
         except Exception as error:  # templates raise what they like: no system turn, turns that do not alternate
@@ -289,7 +292,9 @@ class ChatTemplate:
             elif stop in self.stops:
                 end = text.index(stop, end) + len(stop)
             chosen.append((max(start, touched[0].header_end), end))
-        return chosen
+        # A turn that the template has no mark around (a tool call, in some) adds what it adds.
+        unmarked = [turn for turn in own if not any(turn.start < end and start < turn.end for start, end in spans)]
+        return sorted([*chosen, *((turn.start, turn.end) for turn in unmarked)])
 
 
 def _after(gap: str, headers: list[str]) -> int:
