@@ -246,7 +246,7 @@ def test_bad_data_is_one_line_from_rank_0(tiny, tmp_path):
     result = launch("ddp.yaml", flags_of(tiny, tmp_path / "rows.json", tmp_path / "run", 2, validation_size=None,
                                          eval_steps=None), tmp_path)  # fmt: skip
     assert result.returncode != 0
-    assert result.stderr.count("error: --train_file: row 0 has no answer") == 1
+    assert result.stderr.count("rows.json: row 0 has no answer") == 1
     assert not re.search(r"\[rank\d\]:", result.stderr)  # no rank died with a traceback of its own
 
 

@@ -21,29 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support import suites
 
-WORDS = tuple(
-    [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "and",
-        "then",
-        "sleeps",
-        "for",
-        "some",
-        "hours",
-        "near",
-        "the",
-        "river",
-        "bank",
-    ]
-)
+WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "sleeps", "hours", "near", "river", "bank"]
 
 
 def write_rows(file: Path, count: int) -> None:
