@@ -12,7 +12,6 @@ from datasets import Dataset
 from ist.training.command_line import UsageError
 from ist.training.conversation import conversation
 from ist.training.encoding import as_lists
-from ist.training.reading import KNOWN
 
 
 def extract_label(labels: Sequence[str]) -> Callable[[str], str | None]:
@@ -70,9 +69,10 @@ def answers_of(rows: Dataset, file: str) -> Answers:
         UsageError: no such column, or not one of the formats of the paper's tasks.
     """
     if "answer" not in rows.column_names or not {"instruction", "prompt", "messages"} & {*rows.column_names}:
+        there = [name for name in rows.column_names if name not in ("file", "row", "unused", "renamed")]
         raise UsageError(
-            f"--test_file {file} needs the columns instruction (or prompt, or messages) and answer; it has "
-            f"{', '.join(name for name in rows.column_names if name in KNOWN)}."
+            f"--test_file {file} needs the columns instruction and answer; got {', '.join(there)}. prompt or messages "
+            "serve for instruction."
         )
     if "choices" in rows.column_names:
         for i, row in enumerate(map(as_lists, rows)):
