@@ -120,7 +120,7 @@ def load_tokens(args: AnalyzeArguments, tokenizer: PreTrainedTokenizerBase, devi
         config = AutoConfig.from_pretrained(args.model_name_or_path)
     except Exception as error:
         raise UsageError(f"--model_name_or_path {args.model_name_or_path} cannot be used: {brief(error)}") from error
-    require_fitting(Data(rows, None, 0, pad_token_id), config, config.get_text_config().vocab_size)
+    require_fitting(Data(rows, None, pad_token_id), config, config.get_text_config().vocab_size)
     batches = []
     for i in range(0, len(rows), args.batch_size):
         part = rows[i : i + args.batch_size]

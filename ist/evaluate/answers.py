@@ -110,8 +110,8 @@ def task_name(file: str) -> str:
 def question(row: dict) -> str:
     """The text of a row that asks."""
     if row.get("messages"):
-        contents = [turn["content"] for turn in conversation(row)[0] if turn["role"] == "user"]
-        return str(contents[-1]) if contents else ""
+        asked = [turn["content"] for turn in conversation(row)[0] if turn["role"] == "user"][-1]
+        return asked if isinstance(asked, str) else "".join(part["text"] for part in asked)
     return row.get("instruction") or row.get("prompt") or ""
 
 

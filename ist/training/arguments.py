@@ -46,9 +46,11 @@ class DataArguments:
     column_mapping: list[str] | None = option(
         None, "Other names of columns, THEIRS=OURS: question=instruction answer=output."
     )
-    max_samples: int | None = option(None, "At most so many rows of each set, its first ones.")
+    max_samples: int | None = option(
+        None, "At most so many training rows, the first ones; with train_weights, of each file."
+    )
     train_weights: list[float] | None = option(
-        None, "How often the rows of each train_file come in an epoch, one number each (0.5: half of them)."
+        None, "How often the rows of each train_file come in an epoch, one number each (0.5: its first half)."
     )
     validation_file: list[str] | None = option(None, "Rows to measure validation loss on.")
     validation_size: float = option(

@@ -17,7 +17,6 @@ from ist.training.command_line import UsageError, brief
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates call it
 _THINK = re.compile(r"(</?think(?:ing)?>)")
-_MARK = "Zq{}x{}{}qZ"  # letters and digits alone: no filter of a template changes them
 _OPENED = re.compile(r"<think(ing)?>\s*(</think(ing)?>\s*)?$")  # reasoning that a prompt opens, or leaves out
 _ANSWER_WITH_REASONING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -169,13 +168,6 @@ class ChatTemplate:
 
     # ---- marks
 
-    def _mark_for(self, turns: list[dict], tools: list | None) -> str:
-        """The form of a mark that stands nowhere in the conversation."""
-        there, n = json.dumps([turns, tools], ensure_ascii=False), 0
-        while f"Zq{n}x" in there:
-            n += 1
-        return _MARK.replace("{}", str(n), 1)
-
     def _marked(self, turns: list[dict], tools: list | None = None, by_place: bool = True) -> tuple[str, list[_Span]]:
         """(the text of a conversation, where in it each of its texts stands).
 
@@ -185,10 +177,12 @@ class ChatTemplate:
         Raises:
             UsageError: one stands nowhere, or the template shows marked texts in another way.
         """
-        mark = self._mark_for(turns, tools)
+        there, n = json.dumps([turns, tools], ensure_ascii=False), 0
+        while (mark := f"Zq{n}x") in there:  # letters and digits alone: no filter of a template changes them
+            n += 1
         marked, marked_tools, names = _with_marks(turns, tools, mark)
         text, with_marks = self._text(turns, tools), self._text(marked, marked_tools)
-        pattern = re.compile(re.escape(mark).replace(r"\{\}", r"(\d+)", 1).replace(r"\{\}", "([oc])"))
+        pattern = re.compile(rf"{mark}(\d+)([oc])")
         places: dict[tuple[int, str], int] = {}
         stripped, last = "", 0
         for match in pattern.finditer(with_marks):
@@ -309,9 +303,11 @@ def _after(gap: str, headers: list[str]) -> int:
 def _with_marks(
     turns: list[dict], tools: list | None, mark: str
 ) -> tuple[list[dict], list | None, list[tuple[int, str, str]]]:
-    """(turns, tools, [(turn, what, text)] of each mark's number): every text between two marks, white space outside."""
+    """(turns, tools, [(turn, what, text)] of each mark's number): every text between two marks, white space outside.
+
+    The marks of text n are `mark`, n and o (it opens) or c (it closes).
+    """
     names: list[tuple[int, str, str]] = []
-    opening, closing = (mark.replace("{}", "{n}", 1).replace("{}", kind) for kind in "oc")
 
     def around(text: str, turn: int, what: str) -> str:
         if not text.strip():
@@ -320,13 +316,7 @@ def _with_marks(
         lead = text[: text.index(core)]
         n = len(names)
         names.append((turn, what, core))
-        return (
-            lead
-            + opening.replace("{n}", str(n))
-            + core
-            + closing.replace("{n}", str(n))
-            + text[len(lead) + len(core) :]
-        )
+        return f"{lead}{mark}{n}o{core}{mark}{n}c{text[len(lead) + len(core) :]}"
 
     def content(text: str, turn: int) -> str:
         pieces = _THINK.split(text)

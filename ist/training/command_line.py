@@ -13,7 +13,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ def quiet_known_warnings() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|gradient_checkpointing_enable).*deprecated")
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
+
+
+@contextmanager
+def quiet(logger: str, level: int) -> Iterator[None]:
+    """A library's logger says nothing below `level`: what matters of it is said in one line of ours."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def brief(error: BaseException) -> str:

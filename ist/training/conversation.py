@@ -16,13 +16,16 @@ def conversation(row: dict[str, Any]) -> tuple[list[dict], list | None, list[boo
         UsageError: it holds no conversation, or no answer.
     """
     tools = as_list(row["tools"]) if row.get("tools") else None
+    given = {column: turns_in(row, column) for column in ("prompt", "completion")}
+    if row.get("history") and (row.get("messages") or any(given.values())):
+        raise UsageError("holds turns and history: leave one out")
     if row.get("messages"):
         turns = _turns(row["messages"], "messages")
         learn = [turn["role"] == "assistant" and _weight(turn) for turn in turns]
-    elif is_turns(row.get("prompt")) or is_turns(row.get("completion")):
-        if not all(is_turns(row.get(key)) for key in ("prompt", "completion")):
+    elif any(given.values()):
+        if not all(given.values()):
             raise UsageError("must hold prompt and completion both as turns, or both as text")
-        prompt, completion = (_turns(row[key], key) for key in ("prompt", "completion"))
+        prompt, completion = (_turns(value, column) for column, value in given.items() if value)
         turns = prompt + completion
         learn = [i >= len(prompt) and turn["role"] == "assistant" and _weight(turn) for i, turn in enumerate(turns)]
     else:
@@ -76,9 +79,10 @@ def as_list(value: str | list) -> list:
     return parsed
 
 
-def is_turns(value: str | list | None) -> bool:
-    """Whether prompt or completion holds turns, not text."""
-    return isinstance(value, list) or (value or "").startswith("[{")
+def turns_in(row: dict[str, Any], column: str) -> str | list | None:
+    """The turns of prompt or completion, where it holds no text; `read_rows` has them in a column of their own."""
+    value = row.get(f"{column}_turns") or row.get(column)
+    return value if isinstance(value, list) or row.get(f"{column}_turns") else None
 
 
 def _says(turn: dict) -> bool:

@@ -26,14 +26,12 @@ class Data(NamedTuple):
 
     Attributes:
         rows: columns input_ids, labels.
-        dropped: training rows that were left out.
         facts: the lengths of the rows, for run.json.
         notes: lines about the rows that a user may not expect.
     """
 
     rows: Dataset
     validation: Dataset | None
-    dropped: int
     pad_token_id: int
     facts: Mapping[str, Any] = MappingProxyType({})
     notes: tuple[str, ...] = ()
@@ -77,7 +75,7 @@ def prepare_data(args: Arguments) -> Data:
     ]
     pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     joined = rows[0] if len(rows) == 1 else concatenate_datasets(rows)
-    return Data(joined, validation, facts["dropped_rows"], pad_token_id, facts, tuple(notes))
+    return Data(joined, validation, pad_token_id, facts, tuple(notes))
 
 
 def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -124,6 +122,8 @@ def _split(sets: list[Dataset], asked: float) -> tuple[list[Dataset], Dataset]:
     require(taken < total, "validation_size", f"less than the {total} rows there are", size)
     shares = [round(taken * len(rows) / total) for rows in sets]
     shares[-1] = int(taken) - sum(shares[:-1])
+    if any(not 0 <= share < len(rows) for share, rows in zip(shares, sets, strict=True)):
+        raise UsageError(f"--validation_size {size} leaves no training rows of a train_file; give --validation_file.")
     parts = [
         rows.train_test_split(test_size=share, seed=42) if share else {"train": rows}
         for rows, share in zip(sets, shares, strict=True)
@@ -132,7 +132,7 @@ def _split(sets: list[Dataset], asked: float) -> tuple[list[Dataset], Dataset]:
 
 
 def _repeated(rows: Dataset, weight: float) -> Dataset:
-    """`weight` times the rows in each epoch, rounded to whole rows: the first ones once more than the last."""
+    """`weight` times the rows in each epoch, rounded to rows; of the part that is not whole, the first ones."""
     count = max(1, round(weight * len(rows)))
     return rows if count == len(rows) else rows.select([i % len(rows) for i in range(count)])
 

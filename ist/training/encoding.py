@@ -17,7 +17,7 @@ from ist.loss import IGNORE, count_predicted
 from ist.training import chat, reading
 from ist.training.chat import ChatTemplate
 from ist.training.command_line import UsageError, brief
-from ist.training.conversation import conversation, is_turns, question_and_answer
+from ist.training.conversation import conversation, question_and_answer, turns_in
 from ist.training.files import ReadError, file_digest, read_text, require_no_pipes
 
 _INTRO = "Below is an instruction that describes a task"
@@ -103,7 +103,7 @@ def make_prompt(row: dict, template: str, chat_template: ChatTemplate | None = N
         instruction, extra = row.get("instruction") or "", row.get("input") or ""
         return TEMPLATES[template][bool(extra)].format(instruction=instruction, input=extra)
     assert chat_template is not None
-    if row.get("messages") or is_turns(row.get("prompt")):
+    if row.get("messages") or turns_in(row, "prompt"):
         turns, tools, _ = conversation(row)
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
         return chat_template.prompt(turns[:last], tools)
@@ -118,7 +118,7 @@ def _require_plain(row: dict, template: str) -> None:
     for column in ("messages", "tools", "system", "history"):
         if row.get(column):
             raise UsageError(f"holds {column}, which need --prompt_template chat; got {template}")
-    if is_turns(row.get("prompt")):
+    if turns_in(row, "prompt"):
         raise UsageError(f"holds turns in prompt, which need --prompt_template chat; got {template}")
 
 

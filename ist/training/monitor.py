@@ -180,7 +180,7 @@ def description(
         f"{args.model_name_or_path}: {n_layers} layers, {n_trained} trained per step (selection {args.selection}), "
         f"{count:,} {'adapter' if job.peft_config else 'trainable'} parameters, "
         f"on {device.type}, {args.attn_implementation} attention",
-        f"{len(data.rows)} training rows ({data.dropped} dropped), "
+        f"{len(data.rows)} training rows ({data.facts['dropped_rows']} dropped), "
         f"{len(data.validation or ())} validation rows; steps {done} to {max_steps} of {job.batch_size} rows",
         *data.notes,
         f"run folder: {job.output_dir}",

@@ -137,7 +137,16 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, arg) for arg in args)
     if origin is Literal:
         return value in args
-    plain = {bool: bool, int: int, float: (int, float), str: str, list: list, set: list, type(None): type(None)}
+    plain = {
+        bool: bool,
+        int: int,
+        float: (int, float),
+        str: str,
+        list: list,
+        set: list,
+        dict: dict,
+        type(None): type(None),
+    }
     kind = plain.get(origin or hint)
     return kind is None or (isinstance(value, kind) and (hint is bool or not isinstance(value, bool)))
 

@@ -18,19 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 
-from ist.training.command_line import UsageError, brief
+from ist.training.command_line import UsageError, brief, quiet
 from ist.training.files import file_digest, json_digest
 
 # Columns that hold text, and columns that hold lists; of a dataset that is read, lists are texts in JSON.
 TEXT = ("instruction", "input", "output", "answer", "system", "prompt", "completion", "text")
-LISTS = ("messages", "tools", "history", "choices")
+LISTS = ("messages", "tools", "history", "choices", "prompt_turns", "completion_turns")
 KNOWN = (*TEXT, *LISTS)
 # A row holds one of these; further known columns go with it.
-FORMS = (("messages",), ("instruction", "output"), ("prompt", "completion"), ("text",))
+FORMS = (
+    *(("messages",), ("instruction", "output"), ("prompt", "completion"), ("prompt_turns", "completion_turns")),
+    ("text",),
+)
 # Other names of known columns: Dolly's, ShareGPT's.
-SYNONYMS = {
-    **{"context": "input", "response": "output", "conversations": "messages", "system_prompt": "system"},
-}
+SYNONYMS = {"context": "input", "response": "output", "conversations": "messages", "system_prompt": "system"}
 KINDS = {
     **{".json": "JSON", ".jsonl": "JSONL", ".ndjson": "JSONL", ".csv": "CSV", ".tsv": "TSV", ".txt": "text"},
     **{".parquet": "Parquet", ".arrow": "Arrow"},
@@ -42,7 +43,7 @@ class Source(NamedTuple):
 
     name: str
     kind: str  # of KINDS, "disk" or "hub"
-    digest: str = ""
+    digest: str  # of its content
     config: str | None = None
     split: str = "train"
 
@@ -104,11 +105,9 @@ def hub_source(key: str, name: str, config: str | None, split: str) -> Source:
         found = find_sources(key, [name], split)
         if found[0].kind == "disk":
             return found[0]
-    logger = logging.getLogger("datasets")  # the error below says in one line what it logs
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        with quiet("datasets", logging.CRITICAL):  # the error below says in one line what it logs
+            rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # datasets wraps whatever the readers raise; the innermost says what is wrong
         while error.__cause__ is not None:
             error = error.__cause__
@@ -118,8 +117,6 @@ def hub_source(key: str, name: str, config: str | None, split: str) -> Source:
             else ""
         )
         raise UsageError(f"--{key} {name} cannot be loaded ({brief(error)}){hint}.") from error
-    finally:
-        logger.setLevel(level)
     return Source(name, "hub", rows._fingerprint, config, split)
 
 
@@ -187,8 +184,11 @@ def _json_rows(text: str) -> Iterator[Any]:
         first, _, others = text.lstrip().partition("\n")
         if not (first.startswith("{") and others.strip()):
             raise
-        yield from _jsonl_rows(text.splitlines(keepends=True))  # JSONL under the other name, which is common
+        # JSONL under the other name, which is common. Not splitlines: JSON may hold other line ends in a string.
+        yield from _jsonl_rows(text.split("\n"))
         return
+    if isinstance(value, dict) and any(set(form) <= value.keys() for form in FORMS):  # a single line of it
+        value = [value]
     if not isinstance(value, list):
         kind = f"an object with the keys {', '.join(value)[:200]}" if isinstance(value, dict) else str(value)
         raise ValueError(f"must hold a list of rows, or a row on each line; it holds {kind[:300]}")
@@ -260,11 +260,7 @@ def _dataset_rows(source: Source) -> Iterator[dict]:
         if source.split not in rows:
             raise ValueError(f"has no split {source.split}, only {', '.join(rows)}; --dataset_split names one")
         rows = rows[source.split]
-    rows = rows.select_columns(
-        [name for name in rows.column_names if name in KNOWN or name in SYNONYMS] or rows.column_names
-    )
-    for part in rows.with_format("arrow").iter(10_000):
-        yield from _arrow_rows(part)
+    yield from _arrow_rows(rows.with_format("arrow")[:])
 
 
 # ----------------------------------------------------------------------------------------------------- row after row
@@ -323,8 +319,8 @@ def _normal(row: Any, mapping: Mapping[str, str], unused: set[str]) -> dict[str,
             unused.add(column)
     values: dict[str, str | None] = {}
     for name, value in named.items():
-        if name in ("prompt", "completion") and isinstance(value, list):  # turns: kept apart from text by the bracket
-            values[name] = _as_json(value, name)
+        if name in ("prompt", "completion") and isinstance(value, list):
+            values[f"{name}_turns"] = _as_json(value, name)
         else:
             values[name] = _as_json(value, name) if name in LISTS else _as_text(value, name)
     return values
@@ -339,7 +335,7 @@ def _require_form(columns: Iterable[str]) -> None:
         )
 
 
-def _generate(key: str, sources: list[Source], mapping: dict[str, str], form: bool, version: str) -> Iterator[dict]:
+def _generate(key: str, sources: list[Source], mapping: dict[str, str], form: bool) -> Iterator[dict]:
     """The rows of all sources, with where each comes from: `file` and `row`, counted from 0 in the file."""
     for source in sources:
         count = 0
@@ -396,13 +392,8 @@ def read_rows(key: str, sources: list[Source], mapping: Mapping[str, str] | None
     Raises:
         UsageError: a file or a row cannot be used; it names both.
     """
-    version = file_digest(Path(__file__))
-    values = {"key": key, "sources": sources, "mapping": dict(mapping or {}), "form": form, "version": version}
-    if all(source.digest for source in sources):  # the content decides, wherever the files lie
-        named = [list(source) for source in sources]
-        fingerprint = json_digest([named, sorted(values["mapping"].items()), form, version, key])[:32]
-    else:
-        fingerprint = None
+    values = {"key": key, "sources": sources, "mapping": dict(mapping or {}), "form": form}
+    fingerprint = json_digest([values, file_digest(Path(__file__))])[:32]
     cache = str(datasets.config.HF_DATASETS_CACHE)
     try:
         rows = Dataset.from_generator(

@@ -136,7 +136,7 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
     results = [output_dir / name for name in ("adapter", "model")]
     holds_results = read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or any(p.exists() for p in results)
     left = [output_dir / name for name in (METRICS, IMPORTANCE, PICTURE)]
-    if run is None and not holds_results:  # what is none of ours is not overwritten either
+    if run is None and not holds_results:  # files that are not a run's are not overwritten either
         holds_results = any(path.exists() and path.stat().st_size for path in left)
     if not holds_results:
         return False

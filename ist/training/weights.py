@@ -1,9 +1,9 @@
 """Pretrained weights and adapters, every key of their files accounted for: what is missing is never drawn at random."""
 
+import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ist.layers import text_decoder
-from ist.training.command_line import UsageError, brief
+from ist.training.command_line import UsageError, brief, quiet
 from ist.training.files import require_no_pipes
 
 
@@ -66,18 +65,6 @@ def require_weight_files(name: str, folder: Path, skeleton: nn.Module) -> None:
         )
 
 
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' table of keys, of which `load_pretrained` says what matters in one line."""
-    logger = logging.get_logger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
     """`auto_class.from_pretrained(path, **options)`, whose every weight comes from the files of `path`.
 
@@ -90,7 +77,7 @@ def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
     name = f"--model_name_or_path {path}"
     require_no_pipes(name, Path(path))
     try:
-        with _without_report():
+        with quiet("transformers", logging.ERROR):  # its table of keys
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise

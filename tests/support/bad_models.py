@@ -183,7 +183,7 @@ def _(folder: Path, draw: random.Random) -> BadInput:
 
 # --------------------------------------------------------------------------------------------------------- peft_config
 
-_LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+GOOD_PEFT = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 BAD_PEFT = (
     *({"lora_alpha": value} for value in (0, -8, "16", None, True)),
     *({"r": value} for value in (0, -1, 4.5, "4", None)),
@@ -193,7 +193,7 @@ BAD_PEFT = (
     *({"rank_pattern": value} for value in ({"none": 4}, {"q_proj": 0}, {"q_proj": -2}, {"q_proj": "4"}, [4])),
     *({"alpha_pattern": value} for value in ({"none": 4}, {"q_proj": 0}, {"q_proj": -2}, {"q_proj": None})),
     *({"modules_to_save": value} for value in (["none"], "lm_head", [1])),
-    *({"layers_to_transform": value} for value in ([99], [0, 99], [-1], "0", [])),
+    *({"layers_to_transform": value} for value in ([99], [0, 99], [-1], "0")),
     *({"exclude_modules": value} for value in (["none"], "(")),
     *({"bias": value} for value in ("some", 3, None)),
     *({"init_lora_weights": value} for value in ("none-such", "eva", 3)),
@@ -203,7 +203,6 @@ BAD_PEFT = (
     {"trainable_token_indices": [-1]},
     {"no_such_key": 1},
     {"layer_replication": [[0, 99]]},
-    {"megatron_config": {}},
 )
 BAD_METHODS = (
     {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": ["none"]},
@@ -218,7 +217,6 @@ BAD_METHODS = (
     {"peft_type": "PARALLEL", "scaling": 0},
     {"peft_type": "VERA", "r": 0, "target_modules": ["q_proj"]},
     {"peft_type": "OFT", "r": 0, "oft_block_size": 0, "target_modules": ["q_proj"]},
-    {"peft_type": "OFT", "r": 5, "oft_block_size": 0, "target_modules": ["q_proj"]},
     {"peft_type": "FOURIERFT", "n_frequency": 10**9, "target_modules": ["q_proj"]},
     {"peft_type": "FOURIERFT", "n_frequency": 0, "target_modules": ["q_proj"]},
     {"peft_type": "HRA", "r": 0, "target_modules": ["q_proj"]},
@@ -230,7 +228,7 @@ BAD_METHODS = (
 @kind("peft_config")
 def _(folder: Path, draw: random.Random) -> BadInput:
     change = draw.choice(BAD_PEFT) if draw.random() < 0.7 else None
-    values = {**_LORA, **change} if change else draw.choice(BAD_METHODS)
+    values = {**GOOD_PEFT, **change} if change else draw.choice(BAD_METHODS)
     (folder / "peft.json").write_text(json.dumps(values))
     flags = {"peft_config": folder / "peft.json", "lora_r": None, "lora_alpha": None}
     return BadInput(json.dumps(change or values), flags, "peft_config")
@@ -239,7 +237,7 @@ def _(folder: Path, draw: random.Random) -> BadInput:
 @kind("peft_config: a spoiled file")
 def _(folder: Path, draw: random.Random) -> BadInput:
     file = folder / "peft.json"
-    file.write_text(json.dumps(_LORA))
+    file.write_text(json.dumps(GOOD_PEFT))
     name = draw.choice(sorted(SPOILED))
     SPOILED[name](file)
     flags = {"peft_config": file, "lora_r": None, "lora_alpha": None}

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import re
 
 import pytest
 from datasets import Dataset
-from support import CHAT_TEMPLATE, chat_templates, read_lines
+from support import CHAT_TEMPLATE, chat_templates, reset_accelerate
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer
 
@@ -155,6 +156,17 @@ def test_prompt_and_completion(tokenizer):
     assert learnt(tokenizer, turns) == ["It is 2.</s>"]
 
 
+def test_a_text_that_looks_like_turns_is_text(tokenizer, tmp_path):
+    row = {"prompt": '[{"a": 1}] is', "completion": '[{"role": "user"}]'}
+    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+    (read, _) = load_rows("train_file", [str(tmp_path / "rows.json")]).to_list()
+    assert learnt(tokenizer, read, "none") == ['[{"role": "user"}]</s>']
+    turns = {"prompt": [USER], "completion": [ANSWER]}
+    (tmp_path / "turns.json").write_text(json.dumps([turns, turns]))
+    (read, _) = load_rows("train_file", [str(tmp_path / "turns.json")]).to_list()
+    assert learnt(tokenizer, read) == ["It is 2.</s>"]
+
+
 def test_history_and_system(tokenizer):
     row = {"instruction": "And now?", "output": "b", "system": "Be brief.", "history": [["1?", "a"]]}
     assert learnt(tokenizer, row) == ["a</s>", "b</s>"]
@@ -214,38 +226,23 @@ def test_chat_templates_by_file_and_by_name(tiny, tmp_path):
         load_tokenizer("model_name_or_path", str(tiny), "chat", "nothere")
 
 
-def test_a_run_on_rows_of_many_kinds(train, tmp_path, capsys):
+def test_a_run_on_rows_of_many_kinds(arguments, tmp_path, capsys):
     """Weights, a mapping, a split, rows that are cut: what was done with the rows is said, and is in run.json."""
+    import train_ist
+
     long = {"question": "Say it. " * 60, "reply": "No. " * 200}
     (tmp_path / "a.json").write_text(json.dumps([{"question": f"{i}?", "reply": f"{i}."} for i in range(20)] + [long]))
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": f"Line {i}."}) for i in range(10)))
-    command = {"train_file": tmp_path / "a.json", "column_mapping": "question=instruction", "max_length": 128}
-    import train_ist
-
-    def run(*flags: str, **options) -> int:
-        from support import reset_accelerate
-
-        reset_accelerate()
-        return train_ist.main([*arguments_of(train, **command | options), *flags])
-
     flags = ["--train_file", str(tmp_path / "a.json"), str(tmp_path / "b.jsonl"), "--train_weights", "0.5", "2"]
     flags += ["--column_mapping", "question=instruction", "reply=output", "--validation_size", "6"]
-    assert run(*flags, max_steps=4) == 0
+    reset_accelerate()
+    assert train_ist.main([*arguments(max_length=128, max_steps=4), *flags]) == 0
     record = json.loads((tmp_path / "run/run.json").read_text())
-    rows = record["configuration"]["train_rows"]
-    assert record["validation_dropped_rows"] == 0
-    left = 31 - 6
-    validation_of_a = round(6 * 21 / 31)
-    assert rows == round(0.5 * (21 - validation_of_a)) + 2 * (10 - (6 - validation_of_a)) != left
-    assert record["longest_row"] > 128 or record["validation_longest_row"] > 128
-    assert "rows are cut to --max_length 128" in capsys.readouterr().out
-    assert len(read_lines(tmp_path / "run/metrics.jsonl")) >= 4
-
-
-def arguments_of(train, **options) -> list[str]:
-    """The command line of the `train` fixture."""
-    make = train.__closure__[0].cell_contents
-    return make(**options)
+    # 4 of 21 rows and 2 of 10 are for validation; half of the 17 and twice the 8 are an epoch.
+    assert record["configuration"]["train_rows"] == 8 + 16
+    assert record["cut_rows"] + record["validation_cut_rows"] == 1
+    assert max(record["longest_row"], record["validation_longest_row"]) > 128
+    assert re.search(r"1 (training|validation) rows are cut to --max_length 128", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

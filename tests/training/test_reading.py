@@ -70,6 +70,21 @@ def test_files_folders_patterns_and_saved_datasets(tmp_path):
         load_rows("train_file", [str(tmp_path / "empty")])
 
 
+def test_a_saved_dataset_with_other_names(tmp_path):
+    """As gsm8k: one of its names is ours, for something else."""
+    Dataset.from_list([{"question": "1 + 1?", "answer": "2", "id": 7}]).save_to_disk(tmp_path / "d")
+    mapping = {"question": "instruction", "answer": "output"}
+    rows = read_rows("train_file", find_sources("train_file", [str(tmp_path / "d")]), mapping)
+    assert (rows["instruction"], rows["output"], rows["unused"]) == (["1 + 1?"], ["2"], ["id"])
+
+
+def test_jsonl_under_the_name_of_json(tmp_path):
+    lines = [json.dumps({"instruction": "a\u2028b", "output": "c"}, ensure_ascii=False)] * 2
+    for count in (1, 2):
+        (tmp_path / f"{count}.json").write_text("\n".join(lines[:count]))
+        assert load_rows("train_file", [str(tmp_path / f"{count}.json")])["instruction"] == ["a\u2028b"] * count
+
+
 def test_plain_text_is_a_row_a_line(tmp_path):
     (tmp_path / "a.txt").write_text("One.\n\n  Two.\r\nThree.")
     assert load_rows("train_file", [str(tmp_path / "a.txt")])["text"] == ["One.", "  Two.", "Three."]

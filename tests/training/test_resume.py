@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -252,8 +253,7 @@ def test_checkpoints_hold_no_pickles_and_are_small(train, tmp_path):
     sources = [*(ROOT / "ist").rglob("*.py"), ROOT / "train_ist.py"]
     assert ROOT / "ist/training/checkpoint.py" in sources  # checkpoints are written in a folder of ist/
     for path in sources:
-        assert "pickle" not in path.read_text().replace("unpickling", "").replace("no pickles", "")
-        assert "torch.load" not in path.read_text()
+        assert not re.search(r"(import|from) c?pickle|pickle\.|torch\.(load|save)\b", path.read_text())
 
 
 @pytest.mark.parametrize("options", [{}, {"validation_size": 4, "load_best_model_at_end": True, "eval_steps": 1}])
