@@ -67,7 +67,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self._special_tokens = dict(tokenizer.special_tokens_map)
         # Some tokenizers have one of its own for conversations with tools.
         self._template, self._tool_template = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
         self._generation = bool(_GENERATION.search(self._template))
@@ -120,26 +120,29 @@ class ChatTemplate:
     # ---- rendering
 
     def _text(self, turns: list[dict], tools: list | None = None, **options: Any) -> str:
-        return self._jinja(turns, tools, **options)[0]
+        return self._jinja([turns], tools, **options)[0][0]
 
-    def _jinja(self, turns: list[dict], tools: list | None = None, **options: Any) -> tuple[str, list]:
+    def _jinja(
+        self, conversations: list[list[dict]], tools: list | None = None, **options: Any
+    ) -> tuple[list[str], list]:
+        """(the text of each conversation, what the template's own marks say is generated in each)."""
         try:
-            texts, spans = render_jinja_template(
-                conversations=[self._prepared(turns)],
+            return render_jinja_template(
+                conversations=[self._prepared(turns) for turns in conversations],
                 tools=tools,
                 chat_template=self._tool_template if tools else self._template,
-                **{**self._tokenizer.special_tokens_map, **options},
+                **self._special_tokens,
+                **options,
             )
         except Exception as error:  # templates raise what they like: no system turn, turns that do not alternate
-            if not self._plain_arguments and any(turn.get("tool_calls") for turn in turns):
-                # A few templates want the arguments of a call as text.
+            called = any(turn.get("tool_calls") for turns in conversations for turn in turns)
+            if called and not self._plain_arguments:  # A few templates want the arguments of a call as text.
                 self._plain_arguments = True
                 try:
-                    return self._jinja(turns, tools, **options)
+                    return self._jinja(conversations, tools, **options)
                 except UsageError:
                     self._plain_arguments = False
             raise UsageError(f"does not suit the model's chat template: {brief(error)}") from error
-        return texts[0], spans[0] if spans else []
 
     def _prepared(self, turns: list[dict]) -> list[dict]:
         """The turns in the form that this template reads: contents in parts or not, reasoning, arguments."""
@@ -181,7 +184,10 @@ class ChatTemplate:
         while (mark := f"Zq{n}x") in there:  # letters and digits alone: no filter of a template changes them
             n += 1
         marked, marked_tools, names = _with_marks(turns, tools, mark)
-        text, with_marks = self._text(turns, tools), self._text(marked, marked_tools)
+        if tools:
+            text, with_marks = self._text(turns, tools), self._text(marked, marked_tools)
+        else:  # one call for both is faster
+            text, with_marks = self._jinja([turns, marked])[0]
         pattern = re.compile(rf"{mark}(\d+)([oc])")
         places: dict[tuple[int, str], int] = {}
         stripped, last = "", 0
@@ -272,7 +278,7 @@ class ChatTemplate:
         self, turns: list[dict], tools: list | None, text: str, own: list[_Turn]
     ) -> list[tuple[int, int]] | None:
         """What the template's own marks say is generated, of the turns that are to be learnt; without their headers."""
-        own_text, spans = self._jinja(turns, tools, return_assistant_tokens_mask=True)
+        (own_text,), (spans,) = self._jinja([turns], tools, return_assistant_tokens_mask=True)
         if own_text != text:
             return None
         chosen = []

@@ -190,7 +190,7 @@ class Encoder:
         return _as_text(row, self.template, self.chat, self.masked)
 
     def encode(self, texts: Iterable[_Text]) -> list[dict[str, Any]]:
-        """[{input_ids, labels, length (before it was cut), stops}]."""
+        """[{input_ids, labels, length (before it was cut), predicted (tokens with a loss), stops}]."""
         texts = list(texts)
         encoded: list[dict[str, Any]] = [{}] * len(texts)
         for written in {text.written for text in texts}:
@@ -221,7 +221,14 @@ class Encoder:
                 written = ids[-1] == eos  # by a tokenizer that adds it itself
                 ids, labels = (ids, [*labels[:-1], eos]) if written else ([*ids, eos], [*labels, eos])
         cut = self.max_length
-        return {"input_ids": ids[:cut], "labels": labels[:cut], "length": len(ids), "stops": stops}
+        ids, labels, length = ids[:cut], labels[:cut], len(ids)
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "length": length,
+            "predicted": count_predicted(labels),
+            "stops": stops,
+        }
 
 
 def _with_whole_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -274,6 +281,8 @@ def encode_rows(
         UsageError: naming file and row (counted from 0 in the file) that cannot be used, or when none is left.
     """
     encoder = Encoder(template, tokenizer, max_length, completion_only_loss)
+    ids, count = Sequence(Value("int32")), Value("int64")
+    features = Features({"input_ids": ids, "labels": ids, "length": count, "predicted": count, "stops": Value("bool")})
 
     def encode_batch(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         texts = []
@@ -293,7 +302,7 @@ def encode_rows(
                     f"--{key} {_place(record)} has {one['length']} tokens, more than --max_length {max_length}: "
                     "raise it, or choose --overlong truncate or drop."
                 )
-        return {name: [one[name] for one in encoded] for name in ("input_ids", "labels", "length", "stops")}
+        return {name: [one[name] for one in encoded] for name in features}
 
     # datasets fingerprints a function by its name, not by its code: name everything that matters.
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
@@ -302,7 +311,6 @@ def encode_rows(
         file_digest(Path(file)) for file in (__file__, chat.__file__, Path(chat.__file__).with_name("conversation.py"))
     ]
     settings = (template, specials, max_length, completion_only_loss, overlong == "error", code)
-    ids = Sequence(Value("int32"))
     encoded = rows.map(
         encode_batch,
         with_indices=True,
@@ -310,23 +318,20 @@ def encode_rows(
         batch_size=500,
         num_proc=workers if workers and workers > 1 and len(rows) > 1000 else None,
         remove_columns=rows.column_names,
-        features=Features({"input_ids": ids, "labels": ids, "length": Value("int64"), "stops": Value("bool")}),
+        features=features,
         new_fingerprint=Hasher.hash((rows._fingerprint, backend, settings)),
         desc=f"tokenising {key}",
     )
-    lengths = np.array(encoded["length"])
-    kept = [
-        i
-        for i, labels in enumerate(encoded["labels"])
-        if (overlong != "drop" or lengths[i] <= max_length) and count_predicted(labels)
-    ]
-    if not kept:
+    table = encoded.select_columns(["length", "predicted", "stops"]).with_format("arrow")[:]
+    lengths, predicted, stops = (table[name].to_numpy() for name in ("length", "predicted", "stops"))
+    kept = np.flatnonzero((predicted > 0) & ((overlong != "drop") | (lengths <= max_length)))
+    if not len(kept):
         raise UsageError(f"--{key}: no row has an answer left within --max_length {max_length}. Raise --max_length.")
     summary = Lengths(
         dropped=len(encoded) - len(kept),
         cut=int((lengths[kept] > max_length).sum()),
         longest=int(lengths.max()),
-        unstopped=len(kept) - int(np.array(encoded["stops"])[kept].sum()),
+        unstopped=len(kept) - int(stops[kept].sum()),
     )
     encoded = encoded.select_columns(["input_ids", "labels"])
     return (encoded.select(kept) if summary.dropped else encoded), summary

@@ -1,14 +1,21 @@
 """The rules beside IST's: what each selects, on one process, DDP and FSDP2; LISA and semantic freezing beside their
 descriptions."""
 
+import ast
+import re
+import sys
+import textwrap
+import types
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support import read_lines
 
-from ist import ISTConfig, SparseTuner
+from ist import ISTConfig, SparseTuner, selection
 from ist.config import ConfigError
 from ist.selection import FixedLayers, LisaSampler, make_rule
+from ist.selection.rule import Unlearned
 from ist.training import model as training_model
 from ist.training.command_line import UsageError
 
@@ -108,3 +115,23 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(train, tmp_path, monkeyp
         train(**options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rule_of_the_readme_is_a_rule(monkeypatch):
+    """ist/README.md, "How to add": its code, registered by its line, does what it says."""
+    page = (Path(selection.__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"  ```python\n(.*?)  ```", page, re.DOTALL)
+    line = re.search(r'`("cyclic": \(.*?\))`', page)
+    module = types.ModuleType("ist.selection.cyclic")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(textwrap.dedent(code), module.__dict__)
+    for name, value in ast.literal_eval(f"{{{line[1]}}}").items():
+        monkeypatch.setitem(selection.RULES, name, value)
+    config = ISTConfig(selection="cyclic", trained_layers=2, cyclic_stride=2)
+    rule = make_rule(5, config)
+    assert [rule.trained(step) for step in range(4)] == [[0, 1], [2, 3], [0, 4], [1, 2]]
+    assert not rule.due(3) and rule.counts.trained == 2 and isinstance(rule, Unlearned)
+    with pytest.raises(ConfigError, match="cyclic_stride"):
+        ISTConfig(selection="cyclic", cyclic_stride=0)
+    with pytest.raises(ConfigError, match="it is for cyclic"):
+        ISTConfig(selection="random", cyclic_stride=2)
