@@ -6,10 +6,11 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ist.config import LayerCounts
 from ist.training.checkpoint import gathered
+from ist.training.encoding import load_tokenizer
 from ist.training.files import publishing
 from ist.training.job import Job
 
@@ -67,7 +68,12 @@ def save_model(job: Job, model: PreTrainedModel, counts: LayerCounts, write: boo
     name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
     loading = MODEL_LOADING.format(name=name, folder=final)
     data = ModelCardData(base_model=args.model_name_or_path, library_name="transformers", tags=["ist"])
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(
+        "model_name_or_path",
+        args.model_name_or_path,
+        chat_template=args.chat_template,  # the one that it was trained with
+        trust_remote_code=args.trust_remote_code,
+    )
     with publishing(temporary, final):
         model.save_pretrained(temporary, state_dict=whole)
         config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)

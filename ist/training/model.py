@@ -265,7 +265,8 @@ def require_fitting(data: Data, config: PretrainedConfig, vocabulary: int) -> No
 def _require_fitting(rows: Sequence[list[int]], config: PretrainedConfig, vocabulary: int) -> None:
     if (token := max(map(max, rows))) >= vocabulary:
         raise UsageError(
-            f"the tokenizer gives token {token}, the model's embedding has {vocabulary}: they do not belong."
+            f"the tokenizer gives token {token}, the model's embedding has {vocabulary} rows: they do not belong "
+            "together. Put the model's own tokenizer into its folder."
         )
     longest, positions = max(map(len, rows)), getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:

@@ -260,8 +260,19 @@ def test_packed_rows_have_the_loss_of_single_rows(attention):
     assert token_loss_sum(model, shifted).item() != pytest.approx(apart.item(), rel=1e-3)
 
 
-def test_a_packed_run_is_the_padded_run(train, tmp_path):
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_packed_run_is_the_padded_run(train, tmp_path, rows, tiny, documents):
     options = {"score_lr": 1000, "validation_size": 5, "lora_dropout": 0}
+    if documents:
+        texts = [{"text": f"{row['instruction']} {row['output']}"} for row in rows]
+        (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+        options["train_file"] = tmp_path / "texts.jsonl"
+        read = load_rows("train_file", [str(tmp_path / "texts.jsonl")])
+        encoded, _ = encode_rows(read, "train_file", "alpaca", AutoTokenizer.from_pretrained(tiny), 256, False)
+        batch = pack(encoded[:3]["input_ids"], encoded[:3]["labels"])
+        stops = (batch["input_ids"][0] == AutoTokenizer.from_pretrained(tiny).eos_token_id).nonzero().flatten()
+        lengths = [len(ids) for ids in encoded[:3]["input_ids"]]
+        assert stops.tolist() == [sum(lengths[: i + 1]) - 1 for i in range(3)]  # each document ends in EOS
     for name, packing in (("padded", False), ("packed", True)):
         assert train(output_dir=tmp_path / name, packing=packing, probe="cheap", **options) == 0
     for file in ("metrics.jsonl", "importance.jsonl"):

@@ -182,6 +182,18 @@ def test_documents(tokenizer):
         encode({"text": "Once."}, "alpaca", tokenizer, 99, True)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "phi3", "deepseekv3", "idefics3"])
+def test_without_a_mask_nothing_is_split(tiny, name):
+    """A template that rewrites earlier turns, or shows reasoning in the last one alone, is rendered as it is."""
+    tokenizer = load_tokenizer("model_name_or_path", str(tiny), "chat", name)
+    reasoned = {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nIt is 2."}
+    turns = [USER, ANSWER, USER, ANSWER if name in ("gptoss", "deepseekv3") else reasoned]
+    as_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    expected = tokenizer.apply_chat_template(as_parts if name == "idefics3" else turns, tokenize=False)
+    encoded = encode({"messages": [*turns]}, "chat", tokenizer, 4096, False)
+    assert encoded["input_ids"] == encoded["labels"] == tokenizer(expected, add_special_tokens=False)["input_ids"]
+
+
 def test_offsets_without_their_white_space_cost_no_label(tokenizer):
     row = {"instruction": "a", "output": "b   c\n\n\n d"}
     expected = learnt(tokenizer, row, "alpaca")

@@ -70,3 +70,12 @@ def test_a_bfloat16_model_with_tied_head_is_saved_as_it_was_validated(train, tmp
             load_file(tmp_path / selection / "model/model.safetensors"),
         )
         assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_model_is_saved_with_the_chat_template_of_its_rows(train, tmp_path, tiny):
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")
+    options = {"prompt_template": "chat", "chat_template": tmp_path / "mine.jinja"}
+    assert train(peft_method="none", selection="random", max_steps=1, **options) == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert saved.chat_template == (tmp_path / "mine.jinja").read_text()
+    assert AutoTokenizer.from_pretrained(tiny).chat_template != saved.chat_template

@@ -9,10 +9,11 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 from support import ROOT, tiny_config
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ist.training.arguments import parse_training_arguments
 from ist.training.command_line import UsageError
+from ist.training.encoding import encode
 from ist.training.model import plan_layers
 
 
@@ -59,8 +60,19 @@ def test_a_tokenizer_of_another_model_is_refused(train, tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     LlamaForCausalLM(tiny_config(vocab_size=50)).save_pretrained(folder)
-    with pytest.raises(UsageError, match="do not belong"):
+    with pytest.raises(UsageError, match="do not belong together"):
         train(model_name_or_path=folder)
+    # Of the validation rows alone.
+    plain, rare = ({"instruction": text, "output": "a"} for text in ("a", "add 1 and 1"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokens = [max(encode(row, "none", tokenizer, 99, False)["input_ids"]) for row in (plain, rare)]
+    LlamaForCausalLM(tiny_config(vocab_size=tokens[0] + 1)).save_pretrained(folder)
+    for name, row in (("train", plain), ("validation", rare)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row] * 4))
+    files = {f"{name}_file": tmp_path / f"{name}.json" for name in ("train", "validation")}
+    assert tokens[0] < tokens[1]
+    with pytest.raises(UsageError, match=f"gives token {tokens[1]}, the model's embedding has {tokens[0] + 1} rows"):
+        train(model_name_or_path=folder, prompt_template="none", **files)
 
 
 BAD_INPUT = {
