@@ -31,20 +31,22 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from ist.config import ConfigError, ISTConfig
 from ist.distributed import StopAgreement, from_main, in_turns, reduce_in_float32, require_launcher, require_topology
 from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
-from ist.training.arguments import parse_training_arguments, resolve_batches, resolve_output_dir
+from ist.training.arguments import looks_only, parse_training_arguments, resolve_batches, resolve_output_dir
 from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint, last_checkpoint
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
-from ist.training.data import content_digests, prepare_data
+from ist.training.continuing import adapter_folder, earlier_scores, require_schedule
+from ist.training.data import content_digests, prepare_data, shown_rows
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
-from ist.training.files import WriteError
+from ist.training.files import WriteError, json_digest
 from ist.training.folder import held_folder
+from ist.training.hub import push, push_again, require_hub
 from ist.training.job import Job
 from ist.training.model import ModelPlan, make_scheduler, plan_layers, prepare, require_fitting
 from ist.training.monitor import Monitor
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
-from ist.training.peft_config import as_json, make_peft_config
+from ist.training.peft_config import as_json, config_key, make_peft_config
 from ist.training.plan import plan_run
 from ist.training.record import (
     RunRecord,
@@ -52,6 +54,7 @@ from ist.training.record import (
     environment,
     is_finished_run,
     require_writable,
+    total_steps,
 )
 from ist.training.signals import StopRequest
 from ist.training.trackers import require_tracker
@@ -63,8 +66,9 @@ from ist.tuner import SparseTuner
 @command
 def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     args, config, recipe = parse_training_arguments(argv, __doc__.split("\n")[0])
-    if not args.plan:
+    if not looks_only(args):
         require_tracker(args.report_to)
+        require_hub(args)
     require_launcher()
     # An explicit precision: a launcher's own setting must not decide it.
     accelerator = Accelerator(
@@ -86,7 +90,7 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     planned = plan_layers(args, sharded)
     rule = make_rule(planned.layers.n_layers, config)
     planned = planned._replace(args=resolve_output_dir(planned.args, recipe))
-    with nullcontext() if args.plan else held_folder(Path(planned.args.output_dir)):
+    with nullcontext() if looks_only(args) else held_folder(Path(planned.args.output_dir)):
         return start(planned, config, rule, accelerator, observer or Observer())
 
 
@@ -100,14 +104,16 @@ def start(
     args = resolve_batches(planned.args, config, accelerator.num_processes, resumed_batch_size)
     configuration = asdict(args)
     look = partial(is_finished_run, output_dir, configuration, resume != "none")
-    finished = not args.plan and from_main(look, UsageError)
+    finished = not looks_only(args) and from_main(look, UsageError)
 
     # Data, before any weight is loaded.
     data = in_turns(lambda: prepare_data(args))
+    if args.show_rows:
+        accelerator.print(shown_rows(args, data))
+        return 0
     require_fitting(data, planned.config, planned.vocabulary)
-    max_steps = args.max_steps
-    if max_steps == -1:
-        max_steps = math.ceil(args.num_train_epochs * len(data.rows) / args.global_batch_size)
+    configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
+    max_steps = total_steps(configuration)
     if isinstance(rule, StepwiseUnmasking) and planned.layers.n_scalars:
         rule.schedule(planned.layers.n_scalars, max_steps)
     peft_config = make_peft_config(args, max_steps)
@@ -115,16 +121,22 @@ def start(
         if accelerator.is_main_process:
             print(plan_run(planned._replace(args=args), config, peft_config, data, accelerator))
         return 0
-    configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
-    if args.peft_config:
+    if config_key(args):
         configuration["adapter"] = as_json(peft_config)
-    configuration |= from_main(lambda: content_digests(args.model_name_or_path, data), UsageError)
-    if finished:
-        from_main(look, UsageError)  # again, as the content of rows and weights is known now
+    configuration |= from_main(lambda: content_digests(args, data), UsageError)
+    scores = None
+    if args.keep_importance:
+        scores = earlier_scores(adapter_folder(args.adapter_name_or_path), config, planned.layers.names)
+        configuration["importance_digest"] = json_digest(scores)
+    if finished and from_main(look, UsageError):  # again, as the content of rows and weights is known now
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
+        if args.push_to_hub and accelerator.is_main_process:
+            push_again(output_dir, args)
         return 0
-    if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration)):
+    if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration, longer=True)):
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
+    if checkpoint and total_steps(checkpoint[1]["configuration"]) != max_steps:
+        require_schedule(args, peft_config)
     if checkpoint and checkpoint[1]["step"] > max_steps:
         steps = f"step {checkpoint[1]['step']}, past the run's {max_steps}"
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of {steps}. Choose an earlier one.")
@@ -136,7 +148,7 @@ def start(
         **{**data.facts, "resumed_from": str(checkpoint[0]) if checkpoint else None},
         "trained_counts": checkpoint[1]["tuner"]["trained_counts"] if checkpoint else [0] * planned.layers.n_layers,
     }
-    job = Job(args, config, data, peft_config, max_steps, checkpoint, configuration)
+    job = Job(args, config, data, peft_config, max_steps, checkpoint, configuration, scores)
     return run(job, accelerator, facts, observer)
 
 
@@ -184,6 +196,8 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
     scheduler = make_scheduler(args, optimizer.optimizer, max_steps)
     objective = Objective(accelerator, model, adapter.parameters.values(), job.data, args, job.config)
     tuner = SparseTuner(peft_model, job.config, objective.probe_batches)
+    if job.scores:
+        tuner.rule.load_state_dict({"scores": job.scores})
     extensions = make_extensions(job, tuner, adapter.parameters, optimizer.optimizer)
     if args.torch_compile:
         tuner.compile_layers(args.torch_compile_backend)
@@ -249,6 +263,7 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
     extensions, adapter = checkpoints.extensions, checkpoints.adapter
     facts = {"steps": progress.step, "trained_counts": checkpoints.tuner.trained_counts, "best": progress.best}
     facts |= extensions.facts()
+    final = {"final_train_loss": progress.loss, "final_validation_loss": progress.validation_loss}
     monitor.require_finite(progress)
     if progress.step < job.max_steps:
         if checkpoints.saved != progress.step:
@@ -264,15 +279,17 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
     if progress.best:
         checkpoints.load_best(progress.best["step"])
     extensions.finish()
+    record.progress(**facts, **final)
     write = accelerator.is_main_process
     if job.peft_config:
-        result = save_adapter(job, adapter.model, adapter(), checkpoints.tuner.rule.counts, write)
+        result = save_adapter(job, adapter.model, adapter(), record.summary, write)
     else:
-        result = save_model(job, adapter.model, checkpoints.tuner.rule.counts, write)
+        result = save_model(job, adapter.model, record.summary, write)
     if args.log_adapter:
         record.artifact(result)
-    final = {"final_train_loss": progress.loss, "final_validation_loss": progress.validation_loss}
-    record.close("finished", **facts, **final)
+    if args.push_to_hub and write:
+        record.progress(hub=push(job.output_dir, record.summary, args))
+    record.close("finished")
     say(f"finished {job.max_steps} steps; the result is in {result}")
     return 0
 

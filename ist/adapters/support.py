@@ -9,7 +9,7 @@ from peft import AdaLoraConfig, PeftConfig, PeftType
 RESPONSE, FOUR_BIT, FSDP, ROW_GATES = "a response of each layer", "4-bit weights", "FSDP2", "a gate for each row"
 
 # Packed weights look like floats, and give errors or nonsense.
-_PLAIN = "it computes with the base weights themselves, which --load_in_4bit packs"
+_PLAIN = "it computes with the base weights themselves, which are packed (4-bit, or another quantisation)"
 LIMITS: dict[PeftType, dict[str, str]] = {
     PeftType.ADAPTION_PROMPT: {RESPONSE: "it adds prompts inside attention"},
     PeftType.POLY: {RESPONSE: "it routes whole tasks to adapters, and there are no tasks here"},
@@ -31,6 +31,7 @@ LIMITS: dict[PeftType, dict[str, str]] = {
 # Initialisations of LoRA, by how they begin.
 _FROM_WEIGHTS = ("pissa", "olora")
 _FROM_DATA = ("eva", "corda", "lora_ga")
+_REPLACING = ("loftq",)
 
 
 def limit(config: PeftConfig, lack: str) -> str | None:
@@ -43,7 +44,7 @@ def limit(config: PeftConfig, lack: str) -> str | None:
     return LIMITS.get(config.peft_type, {}).get(lack)
 
 
-def refusal(config: PeftConfig, four_bit: bool, sharded: bool, selection: str) -> str | None:
+def refusal(config: PeftConfig, packed: bool, sharded: bool, selection: str) -> str | None:
     """The reason why a run with this adapter is refused; None where it is served.
 
     Refused are methods without a response of each layer, and those that would train otherwise than their papers say.
@@ -57,9 +58,11 @@ def refusal(config: PeftConfig, four_bit: bool, sharded: bool, selection: str) -
     initialisation = str(getattr(config, "init_lora_weights", ""))
     if initialisation in _FROM_DATA:
         return f"init_lora_weights {initialisation} needs a pass over data first, which is not made here"
+    if initialisation in _REPLACING:
+        return f"init_lora_weights {initialisation} replaces the base weights, which adapter/ does not hold"
     if getattr(config, "monteclora_config", None) or getattr(config, "kasa_config", None):
         return "its training loss has a term of its own, which is not added here"
-    if four_bit and (reason := limit(config, FOUR_BIT)):
+    if packed and (reason := limit(config, FOUR_BIT)):
         return reason
     return limit(config, FSDP) if sharded else None
 

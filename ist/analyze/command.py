@@ -28,11 +28,9 @@ from ist.distributed import from_main
 from ist.evaluate.scorer import (
     ScorerArguments,
     adapter_config,
-    adapter_digest,
     claim_folder,
     deciding,
     digests_of,
-    files_digest,
     load_scorer,
     read_text,
     require_base,
@@ -42,6 +40,7 @@ from ist.evaluate.scorer import (
 from ist.loss import count_predicted
 from ist.report.tables import publish, require_publishing
 from ist.training.command_line import UsageError, brief, command, parse_arguments, require
+from ist.training.continuing import adapter_digest, files_digest
 from ist.training.data import Data, collate
 from ist.training.encoding import encode_rows, load_tokenizer
 from ist.training.figures import drawn

@@ -1,12 +1,10 @@
 """A model that is measured, not trained: its arguments, its texts, likelihoods and perplexity, and its folder."""
 
-import hashlib
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,9 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.distributed import from_main, reduce_sum
 from ist.training.command_line import UsageError, brief, require
+from ist.training.continuing import CONFIG, adapter_digest
 from ist.training.data import collate
 from ist.training.encoding import TEMPLATES, load_tokenizer
-from ist.training.files import file_digest, json_digest, model_digest, read_object, write_json
+from ist.training.files import model_digest, read_object, write_json
 from ist.training.record import require_writable
 from ist.training.weights import load_adapter, load_pretrained
 
@@ -147,9 +146,9 @@ def adapter_config(folder: str) -> PeftConfig:
     Raises:
         UsageError: the folder holds no adapter, or its configuration is none of PEFT's.
     """
-    file = Path(folder) / "adapter_config.json"
+    file = Path(folder) / CONFIG
     if not file.exists():
-        raise UsageError(f"--adapter {folder} is not a folder with an adapter (no adapter_config.json).")
+        raise UsageError(f"--adapter {folder} is not a folder with an adapter (no {CONFIG}).")
     values = read_object(file, "--adapter")
     try:
         if not isinstance(values.get("base_model_name_or_path") or "", str):
@@ -158,21 +157,6 @@ def adapter_config(folder: str) -> PeftConfig:
     except Exception as error:  # whatever PEFT raises here, it is about this file
         told = f"it has no {error}" if isinstance(error, KeyError) else brief(error)
         raise UsageError(f"--adapter {file} is no configuration of PEFT's: {told}. Repair it.") from error
-
-
-def files_digest(files: Iterable[Path]) -> str:
-    """Digest of the files' contents.
-
-    Raises:
-        UsageError: one cannot be read.
-    """
-    digests = []
-    for file in files:
-        try:
-            digests.append(file_digest(file))
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read: {error.strerror}. Repair it, or name another one.") from error
-    return json_digest(digests)[:16]
 
 
 def digests_of(args: "ScorerArguments", training: dict | None) -> dict[str, str | None]:
@@ -194,18 +178,6 @@ def digests_of(args: "ScorerArguments", training: dict | None) -> dict[str, str 
         return {"model_digest": base, "adapter_digest": adapter_digest(args.adapter)}
 
     return from_main(read, UsageError)
-
-
-def adapter_digest(folder: str | None) -> str | None:
-    """Digest of an adapter's configuration and weights; the order of module names, a set to PEFT, does not count."""
-    if folder is None:
-        return None
-    file = Path(folder) / "adapter_config.json"
-    listed = {
-        key: sorted(map(str, v)) if isinstance(v, list) else v for key, v in read_object(file, "--adapter").items()
-    }
-    weights = files_digest(path for path in sorted(Path(folder).glob("adapter_*")) if path != file)
-    return hashlib.sha256((json.dumps(listed, sort_keys=True) + weights).encode()).hexdigest()[:16]
 
 
 def read_text(key: str, file: str) -> str:

@@ -2,12 +2,13 @@
 
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_origin
+from typing import Any, ClassVar, Literal, get_origin
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,6 +16,9 @@ from accelerate.utils import broadcast_object_list
 from ist.config import ConfigError, Count, ISTConfig
 from ist.selection import RULES, rule_fields
 from ist.training.command_line import UsageError, as_usage_error, parse_arguments, require
+
+# A resumed run may change the `free_keys` of each group, which say where and how it reports and saves, or change its
+# speed and memory alone; and the `content_keys`, where the digests of what they name are equal.
 
 
 def option(default: Any, help: str) -> Any:
@@ -24,6 +28,8 @@ def option(default: Any, help: str) -> Any:
 @dataclass(frozen=True)
 class ModelArguments:
     _argument_group_name = "model"
+    free_keys = ("attn_implementation", "trust_remote_code")
+    content_keys = ("model_name_or_path",)
 
     model_name_or_path: str = field(metadata={"help": "A model on the Hub or in a folder."})
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Of the base weights; adapters are float32.")
@@ -35,6 +41,12 @@ class ModelArguments:
 @dataclass(frozen=True)
 class DataArguments:
     _argument_group_name = "data"
+    free_keys = ("preprocessing_num_workers", "show_rows")
+    content_keys = (  # of the digests of encoded rows
+        *("train_file", "dataset_name", "dataset_config", "dataset_split", "column_mapping", "max_samples"),
+        *("train_weights", "validation_file", "validation_size", "max_length", "overlong", "prompt_template"),
+        *("chat_template", "completion_only_loss"),
+    )
 
     train_file: list[str] | None = option(
         None,
@@ -44,7 +56,7 @@ class DataArguments:
     dataset_config: str | None = option(None, "Configuration of the dataset on the Hub (gsm8k: main).")
     dataset_split: str = option("train", "Its split; of --train_file, the split of a folder that save_to_disk wrote.")
     column_mapping: list[str] | None = option(
-        None, "Other names of columns, THEIRS=OURS: question=instruction answer=output."
+        None, "Other names of columns, THEIRS=OURS: question=instruction answer=output; tools= leaves one out."
     )
     max_samples: int | None = option(
         None, "At most so many training rows, the first ones; with train_weights, of each file."
@@ -63,9 +75,10 @@ class DataArguments:
         "alpaca", "llm_adapters: the paper's, to the byte; chat: the tokenizer's; none: instruction + input + output."
     )
     chat_template: str | None = option(
-        None, "In the place of the tokenizer's: a file, or the name of one of trl's (needs trl installed)."
+        None, "In the place of the tokenizer's: a file, or one of trl's (needs trl), such as qwen3; x lists them."
     )
     completion_only_loss: bool = option(False, "Loss on the answer (all assistant turns) only.")
+    show_rows: int | None = option(None, "Print so many training rows, what is learnt of them in ⟦ ⟧, and stop.")
     packing: bool = option(False, "Rows of a micro-batch end to end instead of padded, each attending to itself alone.")
 
     def __post_init__(self) -> None:
@@ -77,7 +90,7 @@ class DataArguments:
         whole = 0 <= size < math.inf and (size < 1 or size == int(size))
         require(whole, "validation_size", "a fraction below 1 or a number of rows", size)
         require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
-        for key in ("max_samples", "preprocessing_num_workers"):
+        for key in ("max_samples", "preprocessing_num_workers", "show_rows"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
         for weight in self.train_weights or ():
             require(0 < weight < math.inf, "train_weights", "finite numbers above 0", weight)
@@ -92,7 +105,8 @@ class DataArguments:
 @dataclass(frozen=True)
 class AdapterArguments:
     _argument_group_name = "adapter"
-    free_keys = ("peft_config",)
+    free_keys = ("peft_config",)  # whose content the configuration has
+    content_keys = ("adapter_name_or_path",)
 
     peft_method: Literal["lora", "series", "parallel", "none"] = option(
         "lora",
@@ -111,6 +125,10 @@ class AdapterArguments:
     peft_config: str | None = option(
         None, "Instead of all other adapter keys: a JSON file, any PEFT configuration as adapter_config.json has it."
     )
+    adapter_name_or_path: str | None = option(
+        None, "Instead: go on from an adapter, a run's adapter/ or one on the Hub, with its configuration and weights."
+    )
+    keep_importance: bool = option(False, "Begin with the scores of the run that the adapter is of, not with zero.")
 
     def __post_init__(self) -> None:
         if self.target_modules:
@@ -120,12 +138,18 @@ class AdapterArguments:
         require(self.lora_alpha >= 1, "lora_alpha", "1 or more", self.lora_alpha)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         require(self.bottleneck_size >= 1, "bottleneck_size", "1 or more", self.bottleneck_size)
+        if self.keep_importance and not self.adapter_name_or_path:
+            raise UsageError("--keep_importance true needs --adapter_name_or_path: the adapter of a run.")
 
 
 @dataclass(frozen=True)
 class TrainArguments:
     _argument_group_name = "training (names as in transformers.TrainingArguments)"
-    free_keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    free_keys = (
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # the global batch stays
+        *("gradient_checkpointing", "torch_compile", "torch_compile_backend"),
+    )
+    same_values: ClassVar = {"adamw_torch_fused": "adamw_torch", "offload": "keep"}  # of the same computation
 
     per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.")
@@ -145,7 +169,7 @@ class TrainArguments:
     )
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
-    bf16: bool = option(False, "Mixed precision: autocast to bfloat16.")
+    bf16: bool | None = option(None, "Mixed precision: autocast to bfloat16; default: as accelerate launch says.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward (non-reentrant).")
     torch_compile: bool = option(False, "Compile each layer (not the whole model: its graph changes with the draw).")
     torch_compile_backend: str = option("inductor", "Of torch.compile.")
@@ -187,10 +211,10 @@ class TrainArguments:
 @dataclass(frozen=True)
 class RunArguments:
     _argument_group_name = "run"
-    # A resumed run may change these: they say where and how it reports and saves, and leave its computation alone.
     free_keys = (
         *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
         *("report_to", "run_name", "log_adapter", "ddp_timeout"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_base_model"),
     )
 
     output_dir: str | None = option(
@@ -205,12 +229,22 @@ class RunArguments:
     report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "Tracker; the files are always written.")
     run_name: str | None = option(None, "Default: the recipe's name.")
     log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
+    push_to_hub: bool = option(False, "Push adapter/ (model/) to the Hub at the end of the run.")
+    hub_model_id: str | None = option(None, "Its name there; default: that of the run folder.")
+    hub_private_repo: bool = option(True, "A private repository.")
+    hub_base_model: str | None = option(None, "The base model's name on the Hub, where model_name_or_path is a folder.")
     ddp_timeout: int = option(1800, "Seconds that a process waits for the others in a collective, before it fails.")
     plan: bool = option(False, "Predict the peak memory of each device, say whether it fits, and stop.")
 
     def __post_init__(self) -> None:
         if self.log_adapter and self.report_to != "wandb":
             raise UsageError(f"--log_adapter true needs --report_to wandb; got {self.report_to}.")
+        for key in ("hub_model_id", "hub_base_model"):
+            if getattr(self, key) and not self.push_to_hub:
+                raise UsageError(f"--{key} needs --push_to_hub true.")
+            value = getattr(self, key) or "a/b"
+            named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) is not None
+            require(named, key, "a name on the Hub, such as user/name", value)
         for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
@@ -294,12 +328,37 @@ def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Arg
     Raises:
         UsageError: an unknown key, a bad value, or keys that do not go together.
     """
-    others = [key.name for key in fields(AdapterArguments) if key.name != "peft_config"]
-    *groups, recipe = parse_arguments(ARGUMENTS, argv, description, alone=("peft_config", others))
+    own = [key.name for key in fields(AdapterArguments) if key.name != "keep_importance"]
+    alone = {whole: [key for key in own if key != whole] for whole in ("peft_config", "adapter_name_or_path")}
+    *groups, recipe = parse_arguments(ARGUMENTS, argv, description, alone)
     config = next(group.config for group in groups if isinstance(group, SelectionArguments))
-    args = Arguments.joined(groups)
+    args = _with_precision(Arguments.joined(groups))
     _require_consistent(args)
     return args, config, recipe
+
+
+def looks_only(args: Arguments) -> bool:
+    """Whether this command only tells what a run would be."""
+    return bool(args.plan or args.show_rows)
+
+
+def _with_precision(args: Arguments) -> Arguments:
+    """With the launcher's mixed precision where bf16 is not given; the launcher's `no`, which it always sets, says
+    nothing.
+
+    Raises:
+        UsageError: the launcher says otherwise, or fp16 or fp8.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    given = "" if args.bf16 is None else f"--bf16 {str(args.bf16).lower()}, and "
+    if launched not in ("no", "bf16"):
+        why = "gradients of suppressed layers are too small for it" if launched == "fp16" else "it is not served"
+        raise UsageError(f"{given}accelerate's mixed_precision is {launched}: {why}. Launch with bf16, or no.")
+    if launched == "bf16" and args.bf16 is False:
+        raise UsageError(f"{given}accelerate's mixed_precision is bf16: leave out --bf16, or launch with no.")
+    if launched == "bf16" and args.bf16 is None and os.environ.get("RANK", "0") == "0":
+        print("Mixed precision bf16, as accelerate's mixed_precision says.")
+    return replace(args, bf16=args.bf16 if args.bf16 is not None else launched == "bf16")
 
 
 def _require_consistent(args: Arguments) -> None:

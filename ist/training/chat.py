@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ist.training.command_line import UsageError, brief
+from ist.training.conversation import ROLES
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates call it
 _THINK = re.compile(r"(</?think(?:ing)?>)")
@@ -102,11 +103,12 @@ class ChatTemplate:
         Raises:
             UsageError: the template refuses the turns, leaves a text of them out, or does not say where a turn is.
         """
+        self._require_known_roles(turns)
         text, spans = self._marked(turns, tools, by_place=learn is not None)
         if learn is None:
             return Rendered(text, [], True)
         there = {span.turn for span in spans}
-        own = [self._turn(text, spans, i) for i, wanted in enumerate(learn) if wanted and i in there]
+        own = [self._turn(turns, tools, text, spans, i) for i, wanted in enumerate(learn) if wanted and i in there]
         learnt = [(turn.start, turn.end) for turn in own]
         if self._generation:
             learnt = self._generated(turns, tools, text, own) or learnt
@@ -116,6 +118,16 @@ class ChatTemplate:
         """The text before the next answer of the assistant, for generation."""
         self._marked(turns, tools)  # nothing is left out
         return self._text(turns, tools, add_generation_prompt=True)
+
+    def _require_known_roles(self, turns: list[dict]) -> None:
+        """A role that a template does not name is written into the text as it is, and its answers are not learnt."""
+        for i, turn in enumerate(turns):
+            role = turn["role"]
+            if role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", self._template):
+                raise UsageError(
+                    f"has the role {role} in turn {i}, which is not one of the chat template: rename it to user, "
+                    "assistant, system or tool"
+                )
 
     # ---- rendering
 
@@ -199,14 +211,21 @@ class ChatTemplate:
         exact = stripped == text
         for n, (turn, what, content) in enumerate(names):
             shown = (n, "o") in places and (n, "c") in places
-            if not by_place and not exact:  # a text that decides how the template shows it
-                shown = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+            if turn < 0 or (not by_place and not exact):
+                # Tools may be written in the system's turn. A text may decide how the template shows it.
+                shown = shown or content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
             if not shown:
                 where = "tools" if turn < 0 else f"turn {turn} ({turns[turn]['role']})"
-                raise UsageError(f"holds what the model's chat template leaves out: {what} of {where}")
+                raise UsageError(
+                    f"holds what the model's chat template leaves out: {what} of {where}{_remedy(turn, turns)}"
+                )
         if not exact and by_place:
             raise UsageError("cannot be split into turns: the chat template shows a text by what it holds")
-        spans = [_Span(turn, what, places[n, "o"], places[n, "c"]) for n, (turn, what, _) in enumerate(names) if exact]
+        spans = [
+            _Span(turn, what, places[n, "o"], places[n, "c"])
+            for n, (turn, what, _) in enumerate(names)
+            if exact and (n, "o") in places and (n, "c") in places
+        ]
         return text, spans
 
     def _shows(self, turns: list[dict]) -> bool:
@@ -253,7 +272,12 @@ class ChatTemplate:
         """The special token that a text begins with, the longest."""
         return next((token for token in reversed(self._specials) if text.startswith(token)), None)
 
-    def _turn(self, text: str, spans: list[_Span], i: int) -> _Turn:
+    def _ending(self, turns: list[dict], tools: list | None) -> str:
+        """What the template writes after the last text of a conversation."""
+        text, spans = self._marked(turns, tools)
+        return text[max((span.end for span in spans), default=0) :]
+
+    def _turn(self, turns: list[dict], tools: list | None, text: str, spans: list[_Span], i: int) -> _Turn:
         own = [span for span in spans if span.turn == i]
         first, last = min(span.start for span in own), max(span.end for span in own)
         before = max((span.end for span in spans if span.turn != i and span.end <= first), default=0)
@@ -261,7 +285,12 @@ class ChatTemplate:
         gap, rest = text[before:first], text[last:after]
         header = gap.rfind(self._header) if self._header else -1
         header_end = before + (header + len(self._header) if header >= 0 else 0)
-        start = before + _after(gap, [self._prompt, self._header])
+        after_header = _after(gap, [self._prompt, self._header, self._prompt.rstrip(), self._header.rstrip()])
+        if after_header is None and any(span.what.startswith("tool call") for span in own):
+            # The template writes no header, but opens the call: all that follows what ends the turn before.
+            start = before + (_shared(gap, self._ending(turns[:i], tools)) if i else 0)
+        else:
+            start = before + (_after_opening(gap) if after_header is None else after_header)
         places = [(rest.find(stop), stop) for stop in self.stops if stop in rest]
         if not places and any(span.what.startswith("tool call") for span in own):
             closed = min((rest.find(bracket) for bracket in "}])" if bracket in rest), default=0)
@@ -297,13 +326,30 @@ class ChatTemplate:
         return sorted([*chosen, *((turn.start, turn.end) for turn in unmarked)])
 
 
-def _after(gap: str, headers: list[str]) -> int:
-    """Where the answer begins in the text between the turn before and the first text of an answer."""
+def _remedy(turn: int, turns: list[dict]) -> str:
+    if turn < 0:
+        return "; --column_mapping tools= leaves the column out"
+    if turns[turn]["role"] == "assistant":
+        return "; a template made for training (--chat_template) may show it"
+    return ""
+
+
+def _after(gap: str, headers: list[str]) -> int | None:
+    """Where the answer begins in the text between the turn before and the first text of an answer; None: no header."""
     for header in headers:
         if header and (place := gap.rfind(header)) >= 0:
             return place + len(header)
+    return None
+
+
+def _after_opening(gap: str) -> int:
     opened = re.search(r"<think(ing)?>\s*$", gap)
     return opened.start() if opened else len(gap)
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
 def _with_marks(

@@ -383,7 +383,12 @@ class Checkpoints:
                 if missing := {"_last_lr", "last_epoch"} - state["scheduler"].keys():
                     raise ValueError(f"scheduler has no {missing.pop()}")
                 self.scheduler.load_state_dict(state["scheduler"])
-                for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                scheduler = self.scheduler  # whose rate of this step is another one where the run has more steps now
+                rates = [
+                    base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+                ]
+                scheduler._last_lr = rates
+                for group, learning_rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = float(learning_rate)
                 self.tuner.load_state_dict(state["tuner"])
             except (AttributeError, KeyError, TypeError, ValueError) as error:  # of an edited state

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -146,11 +146,11 @@ def _yaml_as_flags(path: str) -> list[str]:
 
 
 def parse_arguments(
-    groups: Sequence[type], argv: Sequence[str], description: str, alone: tuple[str, Sequence[str]] = ("", ())
+    groups: Sequence[type], argv: Sequence[str], description: str, alone: Mapping[str, Sequence[str]] | None = None
 ) -> tuple:
     """Read `argv` (and the YAML file named by its --config) into one instance of each dataclass in `groups`.
 
-    `alone` is a key and those that must not be given along with it.
+    `alone` has keys, and those that must not be given along with each.
 
     Raises:
         UsageError: unknown key, bad value, unreadable YAML. The dataclasses' own checks raise it too.
@@ -183,8 +183,9 @@ def parse_arguments(
         if flag == "" or (flag.startswith("--") and flag.endswith("=")):
             key = next((f for f in reversed(flags[: i + 1]) if f.startswith("--")), "--").split("=")[0]
             raise UsageError(f"{key} must not be empty; leave it out for its default.")
-    if alone[0] in given and (others := [f"--{key}" for key in given if key in alone[1]]):
-        raise UsageError(f"--{alone[0]} says it all: leave out {', '.join(others)}.")
+    for whole, excluded in (alone or {}).items():
+        if whole in given and (others := [f"--{key}" for key in given if key in excluded]):
+            raise UsageError(f"--{whole} says it all: leave out {', '.join(others)}.")
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         flags, return_remaining_strings=True, look_for_args_file=False
     )

@@ -5,8 +5,13 @@ from typing import Any
 
 from ist.training.command_line import UsageError
 
-# ShareGPT's names of roles.
-ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "function_call": "assistant"}
+# Names of roles in ShareGPT, OpenAssistant and logs of models, in lower case. Others reach the template as they are.
+ROLES = {
+    **{"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"},
+    **{"bard": "assistant", "claude": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"},
+    **{"function": "tool", "observation": "tool", "function_call": "assistant"},
+    **{role: role for role in ("user", "assistant", "system", "tool", "developer")},
+}
 
 
 def conversation(row: dict[str, Any]) -> tuple[list[dict], list | None, list[bool]]:
@@ -43,7 +48,8 @@ def conversation(row: dict[str, Any]) -> tuple[list[dict], list | None, list[boo
             raise UsageError("holds a system column and a system turn: leave one out")
         turns, learn = [{"role": "system", "content": row["system"]}, *turns], [False, *learn]
     if not any(turn["role"] == "assistant" and _says(turn) for turn in turns):
-        raise UsageError("has no answer: no assistant turn with content")
+        roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
+        raise UsageError(f"has no answer: no assistant turn with content (roles: {roles})")
     return turns, tools, learn
 
 
@@ -63,7 +69,7 @@ def question_and_answer(row: dict[str, Any], may_be_empty: bool = False) -> tupl
         raise UsageError("holds neither a conversation nor an instruction with its output")
     for name, value in ((column, answer), ("instruction", question)):
         if not isinstance(value, str):
-            raise UsageError(f"has a {type(value).__name__} in {name}, where text is wanted")
+            raise UsageError(f"has {json.dumps(value, default=str)[:40]} in {name}, where text is wanted")
     if not answer.strip():
         raise UsageError(f"has no answer: {column} is empty")
     if not question.strip() and not may_be_empty:
@@ -111,7 +117,12 @@ def _turns(text: str | list, column: str) -> list[dict]:
         if "from" in turn and "role" not in turn:
             turn["role"] = turn.pop("from")
             turn["content"] = turn.pop("value", None)
-        turn["role"] = ROLES.get(turn.get("role"), turn.get("role")) if isinstance(turn.get("role"), str) else None
+        role = turn.get("role")
+        turn["role"] = ROLES.get(role.lower(), role) if isinstance(role, str) else None
+        if call := turn.pop("function_call", None):  # OpenAI's older form
+            turn["tool_calls"] = [call]
+        if turn.get("content") is None and isinstance(turn.get("refusal"), str):
+            turn["content"] = turn.pop("refusal")
         content = turn.get("content")
         if content is None and isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]:
             turn["content"] = ""
@@ -121,8 +132,8 @@ def _turns(text: str | list, column: str) -> list[dict]:
             turn["role"] = None
         if not turn["role"]:
             raise UsageError(
-                f'must hold {column} as a list of {{"role": text, "content": text}}; turn {i} is '
-                f"{json.dumps(raw, ensure_ascii=False)[:60]}"
+                f'must hold {column} as a list of {{"role": text, "content": text}}, or with tool_calls; turn {i} is '
+                f"{_shortened(raw)}"
             )
         if turn.get("tool_calls"):
             turn["tool_calls"] = [_call(call, i) for call in turn["tool_calls"]]
@@ -130,6 +141,11 @@ def _turns(text: str | list, column: str) -> list[dict]:
     if not turns:
         raise UsageError(f"has no turns in {column}")
     return turns
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parts(parts: list, i: int) -> list[dict]:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,13 +13,15 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
-from ist.loss import IGNORE
+from ist.loss import IGNORE, count_predicted
 from ist.sampler import seeded_generator
 from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError, require
+from ist.training.continuing import adapter_digest, adapter_folder
 from ist.training.encoding import Lengths, encode_rows, load_tokenizer
 from ist.training.files import model_digest
-from ist.training.reading import KNOWN, find_sources, hub_source, read_rows, unused_columns
+from ist.training.reading import KNOWN, read_rows, unused_columns
+from ist.training.sources import find_sources, hub_source
 
 
 class Data(NamedTuple):
@@ -53,7 +56,7 @@ def prepare_data(args: Arguments) -> Data:
     sets, validation = _read_training_sets(args, key), None
     notes = [line for rows in sets for line in unused_columns(rows)]
     if args.validation_file:
-        sources = find_sources("validation_file", args.validation_file, args.dataset_split)
+        sources = find_sources("validation_file", args.validation_file, args.dataset_split, "validation")
         validation = read_rows("validation_file", sources, _mapping(args.column_mapping))
         notes += unused_columns(validation)
     elif args.validation_size:
@@ -78,8 +81,23 @@ def prepare_data(args: Arguments) -> Data:
     return Data(joined, validation, pad_token_id, facts, tuple(notes))
 
 
+def shown_rows(args: Arguments, data: Data) -> str:
+    """The first `show_rows` rows as the model gets them, decoded, what is learnt between ⟦ and ⟧."""
+    tokenizer = load_tokenizer("model_name_or_path", args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    lines = []
+    for i, row in enumerate(data.rows.select(range(min(args.show_rows or 0, len(data.rows))))):
+        text = ""
+        for learnt, group in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORE):
+            part = tokenizer.decode([token for token, _ in group])
+            text += f"⟦{part}⟧" if learnt else part
+        lines.append(
+            f"---- row {i}: {len(row['input_ids'])} tokens, {count_predicted(row['labels'])} with loss\n{text}"
+        )
+    return "\n".join([*data.notes, *lines])
+
+
 def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
-    """["question=instruction"] as {"question": "instruction"}.
+    """["question=instruction"] as {"question": "instruction"}; "tools=" leaves a column out.
 
     Raises:
         UsageError: a pair without =, or a name that is none of ours.
@@ -87,7 +105,8 @@ def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
     mapping = {}
     for pair in pairs or ():
         theirs, _, ours = pair.partition("=")
-        require(bool(theirs) and ours in KNOWN, "column_mapping", f"THEIRS=OURS, ours one of {', '.join(KNOWN)}", pair)
+        fits = bool(theirs) and "=" in pair and ours in ("", *KNOWN)
+        require(fits, "column_mapping", f"THEIRS=OURS, ours one of {', '.join(KNOWN)}, or nothing", pair)
         mapping[theirs] = ours
     return mapping
 
@@ -155,7 +174,10 @@ def _messages(of: str, lengths: Sequence[Lengths], args: Arguments) -> list[str]
         )
     if facts["dropped_rows"]:
         why = "overlong, or " if args.overlong == "drop" else ""
-        lines.append(f"{facts['dropped_rows']} {of} rows are dropped: {why}nothing of their answer within --max_length")
+        lines.append(
+            f"{facts['dropped_rows']} {of} rows are dropped: {why}nothing to learn (weight 0), or nothing of it within "
+            "--max_length"
+        )
     if unstopped := sum(summary.unstopped for summary in lengths):
         lines.append(f"{unstopped} {of} rows end in no stop token: the model does not learn where to stop")
     return lines
@@ -172,13 +194,16 @@ def rows_digest(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def content_digests(model_name_or_path: str, data: Data) -> dict[str, str]:
+def content_digests(args: Arguments, data: Data) -> dict[str, str]:
     """What a run is made from, by content and not by name, for its configuration: it resumes on the same alone.
 
     Raises:
         ReadError: the model's files cannot be read.
     """
-    digests = {"model_digest": model_digest(model_name_or_path), "train_digest": rows_digest(data.rows)}
+    digests = {"model_digest": model_digest(args.model_name_or_path), "train_digest": rows_digest(data.rows)}
+    if args.adapter_name_or_path:
+        folder = adapter_folder(args.adapter_name_or_path)
+        digests["adapter_digest"] = adapter_digest(folder, "--adapter_name_or_path")
     if data.validation is not None:
         digests["validation_digest"] = rows_digest(data.validation)
     return digests

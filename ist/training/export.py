@@ -1,59 +1,75 @@
 """The result of a run: an adapter as stock PEFT writes it, or a model as stock transformers does."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ist.config import LayerCounts
 from ist.training.checkpoint import gathered
-from ist.training.encoding import load_tokenizer
-from ist.training.files import publishing
+from ist.training.encoding import Encoder, load_tokenizer
+from ist.training.figures import drawn, plot_importance
+from ist.training.files import IMPORTANCE, PICTURE, publishing, read_lines
 from ist.training.job import Job
 
 MODEL_CARD = """---
 {{ card_data }}
 ---
 {{ kind }} `{{ base }}`, by the training scripts of Importance-aware Sparse Tuning (arXiv 2410.11772).
-Selection `{{ selection }}`: {{ trained }} of {{ n_layers }} layers per step, {{ steps }} steps of {{ batch }} rows.
-`run.json` in the folder above has everything else.
 
 ```python
 {{ loading }}
 ```
+
+| | |
+|---|---|
+{% for name, value in facts -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{{ layers }}
 """
 
-ADAPTER_LOADING = """{registration}from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")"""
+ADAPTER_LOADING = """{registration}from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
 MODEL_LOADING = """from transformers import AutoTokenizer, {name}
 model, tokenizer = {name}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")"""
 
 
-def save_adapter(job: Job, model: PeftModel, adapter: dict[str, Tensor], counts: LayerCounts, write: bool) -> Path:
-    """output_dir/adapter as stock PEFT writes it, with a model card; whole or not there. All ranks call it.
+def base_name(name: str) -> str:
+    """A base model as another folder finds it: the Hub's name, or an absolute path."""
+    return os.path.abspath(name) if Path(name).exists() else name
 
-    `adapter` has, by name, all tensors that PEFT may look for in the model's state_dict.
+
+def save_adapter(job: Job, model: PeftModel, adapter: dict[str, Tensor], run: dict[str, Any], write: bool) -> Path:
+    """output_dir/adapter as stock PEFT writes it, with tokenizer, picture and model card; whole or not there. All ranks
+    call it.
+
+    Args:
+        adapter: by name, all tensors that PEFT may look for in the model's state_dict.
+        run: what run.json holds.
     """
-    args, final, temporary = job.args, job.output_dir / "adapter", job.output_dir / ".saving-adapter"
+    final, temporary = job.output_dir / "adapter", job.output_dir / ".saving-adapter"
     whole = gathered(adapter, write)
     if not write:
         return final
-    method = model.peft_config["default"].peft_type.value
-    ours = "import ist.adapters  # makes this method known to PEFT\n" if method in ("SERIES", "PARALLEL") else ""
-    loading = ADAPTER_LOADING.format(registration=ours, base=args.model_name_or_path, folder=final)
-    data = ModelCardData(base_model=args.model_name_or_path, library_name="peft", tags=["ist", method])
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_name(job.args.model_name_or_path)
     with publishing(temporary, final):
         model.save_pretrained(temporary, state_dict=whole)
-        _write_card(temporary, job, counts, data, f"A {method} adapter for", loading)
+        _tokenizer(job).save_pretrained(temporary)
+        _draw(temporary, job.output_dir, run)
+        write_card(temporary, run, config.base_model_name_or_path, str(final.absolute()), config.peft_type.value)
     return final
 
 
-def save_model(job: Job, model: PreTrainedModel, counts: LayerCounts, write: bool) -> Path:
+def save_model(job: Job, model: PreTrainedModel, run: dict[str, Any], write: bool) -> Path:
     """output_dir/model as stock transformers writes it, tokenizer and model card with it. All ranks call it.
 
     In float32, as the weights train: the saved model is the validated one.
@@ -66,37 +82,106 @@ def save_model(job: Job, model: PreTrainedModel, counts: LayerCounts, write: boo
     whole = {name: wide[id(tensor)] for name, tensor in whole.items()}
     # FSDP2 makes a class of its own of each that it shards, FSDP<Name>, derived from it.
     name = next(kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers"))
-    loading = MODEL_LOADING.format(name=name, folder=final)
-    data = ModelCardData(base_model=args.model_name_or_path, library_name="transformers", tags=["ist"])
-    tokenizer = load_tokenizer(
-        "model_name_or_path",
-        args.model_name_or_path,
-        chat_template=args.chat_template,  # the one that it was trained with
-        trust_remote_code=args.trust_remote_code,
-    )
+    tokenizer = _tokenizer(job)
+    add_stops(model, tokenizer, args.prompt_template)
     with publishing(temporary, final):
         model.save_pretrained(temporary, state_dict=whole)
         config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
         config.dtype = torch.float32
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        _write_card(temporary, job, counts, data, "Fine-tuned from", loading)
+        _draw(temporary, job.output_dir, run)
+        write_card(temporary, run, base_name(args.model_name_or_path), str(final.absolute()), name)
     return final
 
 
-def _write_card(folder: Path, job: Job, counts: LayerCounts, data: ModelCardData, kind: str, loading: str) -> None:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """The tokens that end an answer: EOS, and where rows are chats what the chat template ends a turn with."""
+    stops = [tokenizer.eos_token_id]
+    if template == "chat":
+        chat = Encoder(template, tokenizer, 2, False).chat
+        stops += [tokenizer.convert_tokens_to_ids(stop) for stop in sorted(chat.stops)] if chat else []
+    return sorted({stop for stop in stops if isinstance(stop, int)})
+
+
+def add_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Let generation end where the rows' answers did."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    before = generation.eos_token_id
+    known = before if isinstance(before, list) else [] if before is None else [before]
+    if missing := [stop for stop in stop_ids(tokenizer, template) if stop not in known]:
+        generation.eos_token_id = [*known, *missing]
+
+
+def _tokenizer(job: Job) -> PreTrainedTokenizerBase:
+    """With the chat template that the rows were rendered by."""
+    args = job.args
+    options = {"chat_template": args.chat_template, "trust_remote_code": args.trust_remote_code}
+    return load_tokenizer("model_name_or_path", args.model_name_or_path, **options)
+
+
+def _draw(folder: Path, output_dir: Path, run: dict[str, Any]) -> None:
+    updates = read_lines(output_dir / IMPORTANCE)
+    counts, steps, title = run["trained_counts"], run["steps"], output_dir.name
+    drawn(folder / PICTURE, plot_importance, folder / PICTURE, updates, counts, steps, title, run.get("semantic"))
+
+
+def write_card(folder: Path, run: dict[str, Any], base: str, location: str, kind: str) -> None:
+    """README.md of an adapter's or model's folder: how to load it, what it learnt from, and which layers trained.
+
+    Args:
+        run: what run.json holds.
+        base: the base model, as a loader finds it.
+        location: the folder, or the name on the Hub, to load it from.
+        kind: PEFT's name of the method, or the class of a model.
+    """
+    configuration, counts = run["configuration"], run["layer_counts"]
+    if adapted := configuration["peft_method"] != "none":
+        ours = "import ist.adapters  # makes this method known to PEFT\n" if kind in ("SERIES", "PARALLEL") else ""
+        loading = ADAPTER_LOADING.format(registration=ours, folder=location)
+    else:
+        loading = MODEL_LOADING.format(name=kind, folder=location)
+    library = "peft" if adapted else "transformers"
+    tags = ["ist", configuration["selection"], *([kind.lower()] if adapted else [])]
+    data = ModelCardData(base_model=base, library_name=library, pipeline_tag="text-generation", tags=tags)
+    table = ", ".join(f"{name} {count}" for name, count in zip(run["layers"], run["trained_counts"], strict=True))
+    picture = f"![importance of each layer over the steps, and how often it was trained]({PICTURE})\n\n"
     card = ModelCard.from_template(
         data,
         template_str=MODEL_CARD,
-        base=job.args.model_name_or_path,
-        kind=kind,
+        base=base,
+        kind=f"A {kind} adapter for" if adapted else "Fine-tuned from",
         loading=loading,
-        selection=job.args.selection,
-        trained=counts.trained,
-        n_layers=counts.n_layers,
-        steps=job.max_steps,
-        batch=job.batch_size,
+        facts=list(_facts(run).items()),
+        layers=f"{picture if (folder / PICTURE).exists() else ''}Steps that each layer was trained for: {table}; of "
+        f"{run['steps']} steps with {counts['trained']} of {counts['n_layers']} layers each.",
     )
     # A path that is no text in this locale's encoding is no text in the card either.
     text = str(card).encode("utf-8", "backslashreplace").decode()
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _facts(run: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of a run, by name; files by their name alone, as a path says nothing elsewhere."""
+    configuration = run["configuration"]
+    files = [Path(file).name for file in configuration.get("train_file") or ()]
+    rows = f"{configuration['train_rows']:,} rows, {configuration['train_tokens']:,} tokens"
+    found = {
+        "rows": f"{', '.join(files) or configuration.get('dataset_name')} ({rows})",
+        "prompt template": configuration["prompt_template"],
+        "selection": configuration["selection"],
+        "steps": f"{run['steps']} of {configuration['global_batch_size']} rows",
+        "learning rate": f"{configuration['learning_rate']:g}, {configuration['lr_scheduler_type']}",
+    }
+    best = run.get("best") or {}
+    for name, loss in (
+        ("training loss at the end", run.get("final_train_loss")),
+        ("validation loss at the end", run.get("final_validation_loss")),
+        (f"validation loss of step {best.get('step')}, which this is", best.get("validation_loss")),
+    ):
+        if loss is not None:
+            found[name] = f"{loss:.4f}"
+    libraries = (f"{name} {version}" for name, version in run["versions"].items())
+    return {**found, "seed": configuration["seed"], "versions": ", ".join(libraries)}

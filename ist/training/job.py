@@ -22,6 +22,7 @@ class Job:
     max_steps: int
     checkpoint: tuple[Path, dict] | None
     configuration: dict[str, Any]  # as run.json holds it
+    scores: list[float] | None = None  # [N_L] that importance begins with, where it is not zero
 
     @property
     def batch_size(self) -> int:

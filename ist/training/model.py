@@ -39,10 +39,11 @@ from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
 from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, as_usage_error, brief
+from ist.training.continuing import adapter_folder, require_no_adapter
 from ist.training.data import Data
 from ist.training.files import require_no_pipes
-from ist.training.peft_config import has_module, make_peft_config, require_known_names, require_served
-from ist.training.weights import load_pretrained, require_weight_files
+from ist.training.peft_config import config_key, has_module, make_peft_config, require_known_names, require_served
+from ist.training.weights import load_adapter, load_pretrained, require_quantizer, require_weight_files
 
 
 def free_base_weights(model: nn.Module, args: Arguments) -> LayerMap:
@@ -74,7 +75,7 @@ def resolve_targets(args: Arguments, model: nn.Module) -> Resolved:
     Raises:
         UsageError: there is no default for this model, or a name fits no module.
     """
-    if args.peft_config:
+    if config_key(args):
         return Resolved.of(args)
     decoder = text_decoder(model)
     targets = args.target_modules or default_target_modules(decoder, args.peft_method)
@@ -142,6 +143,7 @@ def _read_skeleton(args: Arguments) -> tuple[Resolved, PretrainedConfig, nn.Modu
     """The arguments with the dtype and attention of the model, its configuration, and its skeleton in that dtype."""
     name = f"--model_name_or_path {args.model_name_or_path}"
     require_no_pipes(name, Path(args.model_name_or_path))
+    require_no_adapter("--model_name_or_path", args.model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         try:
@@ -155,6 +157,7 @@ def _read_skeleton(args: Arguments) -> tuple[Resolved, PretrainedConfig, nn.Modu
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} comes with code of its own; --trust_remote_code true runs it.") from error
         raise UsageError(f"{name} cannot be used: {brief(error)}") from error
+    require_quantizer(name, config)
     require_weight_files(name, Path(args.model_name_or_path), model)
     dtype = args.dtype
     if dtype == "auto" and config.dtype == torch.float16:
@@ -173,9 +176,10 @@ def _plan_adapter(
     defaults = not args.target_modules and args.peft_method == "lora"
     args = resolve_targets(args, skeleton)
     peft_config = make_peft_config(args)
-    require_served(peft_config, args, sharded)
-    if args.peft_config:
-        require_known_names(peft_config, skeleton, f"--peft_config {args.peft_config}")
+    packed = args.load_in_4bit or getattr(config, "quantization_config", None) is not None
+    require_served(peft_config, args, sharded, packed)
+    if config_key(args):
+        require_known_names(peft_config, skeleton, config_key(args))
     stands_in = False
     try:
         with _adapter_errors(args):
@@ -238,7 +242,7 @@ def _require_fine(args: Arguments, model: nn.Module) -> None:
 @contextmanager
 def _adapter_errors(args: Arguments) -> Iterator[None]:
     """Each PEFT method has its own ways to say that a model or a value does not suit it: one line, naming the key."""
-    key = f"--peft_config {args.peft_config}" if args.peft_config else "--target_modules"
+    key = config_key(args) or "--target_modules"
     try:
         yield
     except Exception as error:
@@ -334,6 +338,9 @@ def _made_to_train(base: nn.Module, args: Arguments, peft_config: PeftConfig | N
         if peft_config is None:
             model = base
             free_base_weights(model, args)
+        elif args.adapter_name_or_path and not options:
+            folder = str(adapter_folder(args.adapter_name_or_path))
+            model = load_adapter(base, folder, config_key(args), is_trainable=True)
         else:
             model = get_peft_model(base, peft_config, **options)
         for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from ist.training.job import Job
 from ist.training.model import warmup_steps
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
-from ist.training.record import RunRecord, peak_memory_bytes
+from ist.training.record import RunRecord, peak_memory_bytes, total_steps
 
 
 class ProgressBar:
@@ -201,6 +201,13 @@ def description(
             lines.append(
                 "Their backward goes through the layers below the trained ones, whose activations are kept as well."
             )
+    earlier = total_steps(job.checkpoint[1]["configuration"]) if job.checkpoint else None
+    if earlier is not None and earlier != max_steps:
+        rate = checkpoints.scheduler.get_last_lr()[0]
+        lines.append(
+            f"{max_steps} steps instead of {earlier}: schedule {args.lr_scheduler_type} over all of them, {warmup} of "
+            f"warm-up; learning rate {rate:.2e} at step {done + 1}"
+        )
     if warmup >= max_steps:
         lines.append(f"All {max_steps} steps are within the warm-up of {warmup}; --warmup_steps sets it.")
     return lines

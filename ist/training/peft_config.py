@@ -16,23 +16,31 @@ from ist.adapters import ParallelConfig, SeriesConfig
 from ist.adapters.support import refusal
 from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, brief
+from ist.training.continuing import CONFIG, adapter_folder
 from ist.training.files import ReadError, read_text
 
 
+def config_key(args: Arguments) -> str:
+    """The argument that names a PEFT configuration, for messages; empty where the adapter's own keys describe it."""
+    key = next((key for key in ("peft_config", "adapter_name_or_path") if getattr(args, key)), None)
+    return f"--{key} {getattr(args, key)}" if key else ""
+
+
 def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
-    """The PEFT configuration of args.peft_config.
+    """The PEFT configuration of args.peft_config, or of the adapter to go on from.
 
     Raises:
         UsageError: not such a file, or a method that training by layers cannot serve.
     """
-    key = f"--peft_config {args.peft_config}"
+    key = config_key(args)
+    file = Path(args.peft_config) if args.peft_config else adapter_folder(args.adapter_name_or_path) / CONFIG
     try:
-        values = json.loads(read_text(Path(args.peft_config)), parse_constant=_no_constant)
+        values = json.loads(read_text(file), parse_constant=_no_constant)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[str(values["peft_type"]).upper()]
     except FileNotFoundError as error:
         raise UsageError(f"{key} cannot be read: {error.strerror}.") from error
     except ReadError as error:
-        raise UsageError(f"--peft_config {error}") from error
+        raise UsageError(f"{key.split()[0]} {error}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{key} is not a PEFT configuration in JSON: {brief(error)}") from error
     except KeyError as error:
@@ -43,6 +51,8 @@ def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
     unknown = values.keys() - {field.name for field in fields(config_class)}
     if unknown:
         raise UsageError(f"{key}: {config_class.__name__} has no {', '.join(sorted(unknown))}.")
+    if issubclass(config_class, AdaLoraConfig) and args.adapter_name_or_path:
+        raise UsageError(f"{key} is of AdaLoRA, which has given up ranks for good: begin anew with --peft_config.")
     if issubclass(config_class, AdaLoraConfig):
         values |= {"total_step": values.get("total_step") or total_steps, "rank_pattern": None}
     hints = get_type_hints(config_class)
@@ -155,13 +165,16 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
 
 
-def require_served(config: PeftConfig, args: Arguments, sharded: bool) -> None:
+def require_served(config: PeftConfig, args: Arguments, sharded: bool, packed: bool) -> None:
     """
+    Args:
+        packed: the base weights are, by load_in_4bit or in their files.
+
     Raises:
         UsageError: training by layers cannot serve the method; naming it and the reason (adapters/support.py).
     """
-    if reason := refusal(config, args.load_in_4bit, sharded, args.selection):
-        raise UsageError(f"--peft_config {args.peft_config}: {config.peft_type.value} is not served: {reason}.")
+    if reason := refusal(config, packed, sharded, args.selection):
+        raise UsageError(f"{config_key(args)}: {config.peft_type.value} is not served: {reason}.")
 
 
 def make_peft_config(args: Arguments, total_steps: int = 10**9) -> PeftConfig | None:
@@ -170,7 +183,7 @@ def make_peft_config(args: Arguments, total_steps: int = 10**9) -> PeftConfig | 
     Raises:
         UsageError: --peft_config names no usable configuration.
     """
-    if args.peft_config:
+    if config_key(args):
         return _read_peft_config(args, total_steps)
     if args.peft_method == "none":
         return None

@@ -191,7 +191,7 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, Callable[[PlannedRun], Plan
     if run.peft_config and not args.load_in_4bit:
         text, change = flags(load_in_4bit=True)
         with suppress(UsageError):  # of a method that computes with the base weights themselves
-            require_served(run.peft_config, change(run).args, topology.sharded)
+            require_served(run.peft_config, change(run).args, topology.sharded, packed=True)
             yield text, change
 
 

@@ -1,25 +1,25 @@
 """Files of rows, each read by itself: the columns that are known, text as it is written; then put together."""
 
 import csv
-import glob
 import gzip
 import json
-import logging
 import math
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 
-from ist.training.command_line import UsageError, brief, quiet
+from ist.training.command_line import UsageError, brief
 from ist.training.files import file_digest, json_digest
+from ist.training.sources import Source, find_sources
 
 # Columns that hold text, and columns that hold lists; of a dataset that is read, lists are texts in JSON.
 TEXT = ("instruction", "input", "output", "answer", "system", "prompt", "completion", "text")
@@ -30,22 +30,16 @@ FORMS = (
     *(("messages",), ("instruction", "output"), ("prompt", "completion"), ("prompt_turns", "completion_turns")),
     ("text",),
 )
-# Other names of known columns: Dolly's, ShareGPT's.
-SYNONYMS = {"context": "input", "response": "output", "conversations": "messages", "system_prompt": "system"}
-KINDS = {
-    **{".json": "JSON", ".jsonl": "JSONL", ".ndjson": "JSONL", ".csv": "CSV", ".tsv": "TSV", ".txt": "text"},
-    **{".parquet": "Parquet", ".arrow": "Arrow"},
+# Other names of known columns: Dolly's, ShareGPT's, OpenAI's older one of tools.
+SYNONYMS = {
+    **{"context": "input", "response": "output", "conversations": "messages", "system_prompt": "system"},
+    "functions": "tools",
 }
-
-
-class Source(NamedTuple):
-    """What to read: a file, a dataset that was saved to disk, or one on the Hub."""
-
-    name: str
-    kind: str  # of KINDS, "disk" or "hub"
-    digest: str  # of its content
-    config: str | None = None
-    split: str = "train"
+# Of a turn; what else one holds is said not to be used.
+TURN_KEYS = {
+    *("role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"),
+    *("reasoning_content", "thinking", "reasoning", "weight", "train"),
+}
 
 
 class _Written(float):
@@ -57,86 +51,6 @@ class _Written(float):
         number = super().__new__(cls, text)
         number.text = text
         return number
-
-
-# ---------------------------------------------------------------------------------------------------- what to be read
-
-
-def find_sources(key: str, paths: Sequence[str], split: str = "train") -> list[Source]:
-    """The files that names, folders and patterns stand for, in their order; `key` is the argument, for the messages.
-
-    A name that is a file is never taken as a pattern. Of a folder, all files of a known kind are read, but for one
-    that `save_to_disk` has written.
-
-    Raises:
-        UsageError: there is no such file, or it is of no known kind, or empty.
-    """
-    sources = []
-    for path in paths:
-        try:
-            sources += _sources_of(key, path, split)
-        except OSError as error:  # a name too long, a folder that may not be read
-            raise UsageError(f"--{key} {path} cannot be read: {error.strerror}.") from error
-    return sources
-
-
-def _sources_of(key: str, path: str, split: str) -> list[Source]:
-    if Path(path).is_dir():
-        if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            digests = [file_digest(file) for file in sorted(Path(path).rglob("*.arrow"))]
-            return [Source(path, "disk", json_digest(digests), split=split)]
-        found = sorted(str(file) for file in Path(path).iterdir() if _kind(file) and file.is_file())
-        if not found:
-            raise UsageError(f"--{key} {path} holds no files of rows ({', '.join(KINDS)}, each also .gz).")
-    elif Path(path).exists() or not glob.has_magic(path):
-        found = [path]
-    elif not (found := sorted(glob.glob(path, recursive=True))):
-        raise UsageError(f"--{key} {path}: no such file.")
-    return [_source(key, file) for file in found]
-
-
-def hub_source(key: str, name: str, config: str | None, split: str) -> Source:
-    """A dataset on the Hub, or a folder that `datasets.load_dataset` reads.
-
-    Raises:
-        UsageError: it cannot be loaded, or has no such configuration or split.
-    """
-    if Path(name).is_dir() and config is None:
-        found = find_sources(key, [name], split)
-        if found[0].kind == "disk":
-            return found[0]
-    try:
-        with quiet("datasets", logging.CRITICAL):  # the error below says in one line what it logs
-            rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # datasets wraps whatever the readers raise; the innermost says what is wrong
-        while error.__cause__ is not None:
-            error = error.__cause__
-        hint = (
-            "; --dataset_config and --dataset_split name its parts"
-            if "onfig" in str(error) or "split" in str(error)
-            else ""
-        )
-        raise UsageError(f"--{key} {name} cannot be loaded ({brief(error)}){hint}.") from error
-    return Source(name, "hub", rows._fingerprint, config, split)
-
-
-def _kind(file: Path) -> str | None:
-    return KINDS.get(Path(file.stem if file.suffix == ".gz" else file.name).suffix.lower())
-
-
-def _source(key: str, name: str) -> Source:
-    file = Path(name)
-    if (kind := _kind(file)) is None:
-        known = ", ".join(KINDS)
-        raise UsageError(f"--{key} must end in {known}, or in one of these and .gz; got {name}.")
-    if not file.is_file():
-        raise UsageError(f"--{key} {name}: no such file.")
-    if not file.stat().st_size:
-        raise UsageError(f"--{key} {name} is empty.")
-    try:
-        return Source(name, kind, file_digest(file))
-    except OSError as error:
-        raise UsageError(f"--{key} {name} cannot be read: {error.strerror}.") from error
 
 
 # ------------------------------------------------------------------------------------------------------- file by file
@@ -209,9 +123,15 @@ def _parsed(text: str) -> Any:
     return json.loads(text, parse_float=_Written, parse_constant=lambda name: None)
 
 
-def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[dict]:
+def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[dict]:
+    """Of cells between commas; or between semicolons, as a European Excel writes them, which may say so in a line."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    first = next(lines, "")
+    if first.strip().lower().removesuffix(",") in ("sep=;", "sep=,", '"sep=;"'):
+        delimiter, first = first.strip().strip('"')[4], next(lines, "")
+    elif delimiter not in first and ";" in first:
+        delimiter = ";"
+    reader = csv.DictReader(chain([first], lines), delimiter=delimiter, strict=True)
     for number, row in enumerate(reader):
         if None in row:
             raise ValueError(f"has a row {number} of more cells than its first line")
@@ -275,15 +195,17 @@ def _as_text(value: Any, column: str) -> str:
     if isinstance(value, _Written):
         return value.text
     if isinstance(value, (list, dict, bytes)):
-        raise UsageError(f"has a {type(value).__name__} in {column}, where text is wanted")
+        kind = {dict: "an object", list: "a list"}.get(type(value), "bytes")
+        raise UsageError(f"has {kind} in {column}, where text is wanted")
     text = str(value)
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise UsageError(f"has half of a character (a lone surrogate) in {column}")
     return text
 
 
-def _as_json(value: Any, column: str) -> str | None:
-    """A list of a row as JSON; of a text that is JSON already, that."""
+def _as_json(value: Any, column: str, unused: set[str]) -> str | None:
+    """A list of a row as JSON; of a text that is JSON already, that. Keys of turns that are not known are added to
+    `unused`."""
     if value is None or value == "":
         return None
     if isinstance(value, str) and column in ("messages", "tools", "history"):
@@ -294,7 +216,11 @@ def _as_json(value: Any, column: str) -> str | None:
     if not isinstance(value, list):
         if column == "choices":
             return json.dumps(value)
-        raise UsageError(f"must hold {column} as a list; got a {type(value).__name__}")
+        raise UsageError(f"must hold {column} as a list; got {json.dumps(value, default=str)[:40]}")
+    if column in ("messages", "prompt", "completion"):
+        turns = [turn for turn in value if isinstance(turn, Mapping)]
+        unknown = {key for turn in turns for key, one in turn.items() if key not in TURN_KEYS and one not in (None, "")}
+        unused |= {f"{column}[].{key}" for key in unknown}
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
         text.encode()
@@ -313,6 +239,8 @@ def _normal(row: Any, mapping: Mapping[str, str], unused: set[str]) -> dict[str,
         theirs = column not in mapping and SYNONYMS.get(name) not in (None, *row)
         if theirs and (name not in ("context", "response") or "instruction" in row):
             name = SYNONYMS[name]
+        if not name:  # mapped to nothing
+            continue
         if name in KNOWN and name not in named:
             named[name] = value
         else:
@@ -320,14 +248,17 @@ def _normal(row: Any, mapping: Mapping[str, str], unused: set[str]) -> dict[str,
     values: dict[str, str | None] = {}
     for name, value in named.items():
         if name in ("prompt", "completion") and isinstance(value, list):
-            values[f"{name}_turns"] = _as_json(value, name)
+            values[f"{name}_turns"] = _as_json(value, name, unused)
         else:
-            values[name] = _as_json(value, name) if name in LISTS else _as_text(value, name)
+            values[name] = _as_json(value, name, unused) if name in LISTS else _as_text(value, name)
     return values
 
 
-def _require_form(columns: Iterable[str]) -> None:
+def _require_form(columns: Iterable[str], values: Iterable[str]) -> None:
     there = list(columns)
+    for one, other in (("prompt", "completion"), ("completion", "prompt")):
+        if one in values and f"{other}_turns" in values:
+            raise UsageError(f"has {one} as text and {other} as turns: give both as text, or both as turns")
     if not any(set(form) <= set(there) for form in FORMS):
         raise UsageError(
             "needs the columns instruction and output (input is optional), or messages, or prompt and completion, or "
@@ -345,7 +276,7 @@ def _generate(key: str, sources: list[Source], mapping: dict[str, str], form: bo
                 try:
                     values = _normal(raw, mapping, unused)
                     if form and not any(set(one) <= values.keys() for one in FORMS):
-                        _require_form(raw)
+                        _require_form(raw, values)
                 except UsageError as error:
                     raise UsageError(f"--{key} {source.name}: row {count - 1} {error}.") from error
                 left = ", ".join(sorted(map(str, unused))) or None

@@ -1,5 +1,6 @@
 """The record of a run: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same numbers for trackers."""
 
+import math
 import os
 import platform
 import resource
@@ -44,7 +45,10 @@ CONTENT = {  # digests in a configuration, and of what
     "model_digest": "the base model's files",
     "train_digest": "the encoded training rows",
     "validation_digest": "the encoded validation rows",
+    "adapter_digest": "the files of the adapter that it went on from",
+    "importance_digest": "the scores that it began with",
 }
+_SAME = {name: value for group in ARGUMENTS for name, value in getattr(group, "same_values", {}).items()}
 
 
 def read_run(output_dir: Path) -> dict | None:
@@ -98,18 +102,44 @@ def _flat(configuration: dict) -> dict:
     return flat | {key: value for key, value in configuration.items() if key not in nested}
 
 
-def differing_keys(there: dict, here: dict) -> str:
-    """The keys, with both values, that keep one configuration from resuming another's run; empty without any."""
-    if bool(there.get("peft_config")) != bool(here.get("peft_config")):
-        return f"peft_config ({'given' if there.get('peft_config') else 'none'} there, the other way here)"
+def _canonical(value: Any) -> Any:
+    return _SAME.get(value, value) if isinstance(value, str) else value
+
+
+def total_steps(configuration: dict) -> int | None:
+    """Optimizer steps of a run, from its configuration; None where it has no rows yet."""
+    if configuration["max_steps"] != -1:
+        return configuration["max_steps"]
+    if "train_rows" not in configuration:
+        return None
+    rows = configuration["num_train_epochs"] * configuration["train_rows"]
+    return math.ceil(rows / configuration["global_batch_size"])
+
+
+def differing_keys(there: dict, here: dict, longer: bool = False) -> str:
+    """The keys, with both values, that keep one configuration from resuming another's run; empty without any.
+
+    Args:
+        longer: more steps than there are served.
+    """
+    for key in ("peft_config", "adapter_name_or_path"):
+        if bool(there.get(key)) != bool(here.get(key)):
+            return f"{key} ({'given' if there.get(key) else 'none'} there, the other way here)"
+    steps = total_steps(there), total_steps(here)
     there, here = _flat(there), _flat(here)
-    free = {key for group in ARGUMENTS for key in getattr(group, "free_keys", ())}
-    keys = sorted((there.keys() & here.keys()) - free)
-    return ", ".join(
-        f"{key} ({CONTENT[key]} have changed)" if key in CONTENT else f"{key} ({there[key]} there, {here[key]} here)"
-        for key in keys
-        if there[key] != here[key]
-    )
+    free = {key for group in ARGUMENTS for key in getattr(group, "free_keys", ())} | {"max_steps", "num_train_epochs"}
+    digests = CONTENT.keys() & there.keys()
+    # Names count where there are no digests; and in the message, where those differ. Before the rows are read, not yet.
+    if digests and (not CONTENT.keys() & here.keys() or all(there[key] == here.get(key) for key in digests)):
+        free |= {key for group in ARGUMENTS for key in getattr(group, "content_keys", ())}
+    differing = []
+    for key in sorted((there.keys() & here.keys()) - free):
+        if _canonical(here[key]) != _canonical(there[key]):
+            changed = f"{CONTENT[key]} have changed" if key in CONTENT else f"{there[key]} there, {here[key]} here"
+            differing.append(f"{key} ({changed})")
+    if None not in steps and steps[0] != steps[1] and not (longer and steps[1] > steps[0]):
+        differing.append(f"max_steps ({steps[0]} there, {steps[1]} here)")
+    return ", ".join(differing)
 
 
 def require_writable(output_dir: Path) -> None:
@@ -142,7 +172,7 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
         return False
     if run is None:
         raise UsageError(f"--output_dir {output_dir} holds results but no {RUN}. Choose another folder.")
-    if differing := differing_keys(run["configuration"], configuration):
+    if differing := differing_keys(run["configuration"], configuration, longer=resume):
         raise UsageError(f"--output_dir {output_dir} holds another run's results: {differing}. Choose another folder.")
     result = output_dir / ("model" if configuration["peft_method"] == "none" else "adapter")
     whole = any(result.glob("*.safetensors"))
@@ -152,7 +182,17 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
             f"--output_dir {output_dir} holds a run that is {state}, not finished: go on with it by "
             "--resume_from_checkpoint auto, or choose another folder."
         )
-    return run["status"] == "finished" and whole
+    if run["status"] != "finished" or not whole:
+        return False
+    steps = total_steps(run["configuration"]), total_steps(configuration)
+    if None in steps or steps[1] <= steps[0]:
+        return True
+    if not checkpoint_steps(output_dir):
+        raise UsageError(
+            f"--output_dir {output_dir} holds a run finished after {steps[0]} steps, without a checkpoint to go on "
+            f"from (--save_steps writes them). Begin from its {result.name}/ in another folder."
+        )
+    return False
 
 
 def _is_metrics(line: dict) -> bool:

@@ -14,9 +14,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from ist.layers import text_decoder
 from ist.training.command_line import UsageError, brief, quiet
+from ist.training.continuing import require_no_adapter
 from ist.training.files import require_no_pipes
 
 
@@ -33,6 +36,20 @@ def require_finite(name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for key, tensor in tensors:
         if tensor.is_floating_point() and tensor.device.type != "meta" and not tensor.isfinite().all():
             raise UsageError(f"{name}: {key} is not finite (NaN or infinity); take another file of these weights.")
+
+
+def require_quantizer(name: str, config: PretrainedConfig) -> None:
+    """See that quantised weights can be loaded here: GPTQ, AWQ, ... need packages of their own.
+
+    Raises:
+        UsageError: `name` is the key and the folder.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    try:
+        if quantization is not None and AutoHfQuantizer.supports_quant_method(dict(quantization)):
+            AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # each method has its own: a package, a version, a GPU
+        raise UsageError(f"{name} has quantised weights, which cannot be loaded here: {brief(error)}") from error
 
 
 def require_weight_files(name: str, folder: Path, skeleton: nn.Module) -> None:
@@ -76,6 +93,7 @@ def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
     """
     name = f"--model_name_or_path {path}"
     require_no_pipes(name, Path(path))
+    require_no_adapter("--model_name_or_path", path)
     try:
         with quiet("transformers", logging.ERROR):  # its table of keys
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
@@ -114,17 +132,21 @@ def _is_layer_beyond(model: nn.Module, key: str) -> bool:
     )
 
 
-def load_adapter(model: nn.Module, folder: str) -> PeftModel:
+def load_adapter(model: nn.Module, folder: str, key: str = "", **options: Any) -> PeftModel:
     """The adapter of `folder` on a base model.
+
+    Args:
+        key: the argument with its value, for messages; default --adapter and the folder.
+        options: of PeftModel.from_pretrained.
 
     Raises:
         UsageError: it cannot be read or does not fit; its file lacks a tensor of the adapter, or holds others; a tensor
             is not finite.
     """
-    name = f"--adapter {folder}"
+    name = key or f"--adapter {folder}"
     require_no_pipes(name, Path(folder))
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted = PeftModel.from_pretrained(model, folder, **options)
         there = load_peft_weights(folder, device="cpu")
     except torch.OutOfMemoryError:
         raise

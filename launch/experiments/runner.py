@@ -16,8 +16,8 @@ import torch
 
 from ist.benchmark.arms import arguments_of, as_argv
 from ist.config import ISTConfig
-from ist.evaluate.scorer import adapter_digest
 from ist.training.command_line import UsageError
+from ist.training.continuing import adapter_digest
 from ist.training.files import IMPORTANCE, model_digest, read_lines, read_object
 from ist.training.record import differing_keys, read_run
 from launch.experiments.design import Arm, Experiment, slug

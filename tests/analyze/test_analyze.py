@@ -23,9 +23,9 @@ from ist.analyze import command as analyze
 from ist.analyze.ablation import AblationLoss, ablate_greedily
 from ist.analyze.command import main
 from ist.analyze.results import agreement, agreement_table, compare_importance, greedy_order
-from ist.evaluate.scorer import adapter_digest
 from ist.training.arguments import SelectionArguments
 from ist.training.command_line import UsageError, parse_arguments
+from ist.training.continuing import adapter_digest
 from ist.training.encoding import make_prompt
 
 N_LAYERS, PLANTED = 4, 1

@@ -288,3 +288,81 @@ def test_a_bad_validation_row_is_named_after_the_split_too(train, tmp_path):
 def test_max_samples(train, tmp_path):
     assert train(max_samples=10, max_steps=2) == 0
     assert json.loads((tmp_path / "run/run.json").read_text())["configuration"]["train_rows"] == 10
+
+
+def test_older_names_of_calls_and_roles(tokenizer):
+    """OpenAI's function_call and refusal, roles of logs; roles that nobody knows are refused, not written as text."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    for content in ("", None):
+        turns = [USER, {"role": "assistant", "content": content, "function_call": call}]
+        turns += [{"role": "function", "name": "weather", "content": "sun"}, ANSWER]
+        assert learnt(tokenizer, {"messages": turns}) == ['weather{"city": "Paris"}</s>', "It is 2.</s>"]
+    refused = [USER, {"role": "assistant", "content": None, "refusal": "I will not."}]
+    assert learnt(tokenizer, {"messages": refused}) == ["I will not.</s>"]
+    named = [{"role": "Prompter", "content": "1?"}, {"role": "ChatGPT", "content": "2"}]
+    assert learnt(tokenizer, {"messages": named}) == ["2</s>"]
+    with pytest.raises(
+        UsageError, match="has the role critic in turn 2, which is not one of the chat template: rename"
+    ):
+        encode({"messages": [USER, ANSWER, {"role": "critic", "content": "No."}]}, "chat", tokenizer, 4096, True)
+    with pytest.raises(UsageError, match=r"no assistant turn with content \(roles: user, critic\)"):
+        encode({"messages": [USER, {"role": "critic", "content": "No."}]}, "chat", tokenizer, 4096, True)
+
+
+@pytest.mark.parametrize(
+    ("assistant", "prompt", "expected"),
+    [
+        ("", "", '[CALL] [{"name": "weather", "arguments": {"city": "Paris"}}]</s>'),
+        ("<|assistant|>", "<|assistant|>\n", '[CALL] [{"name": "weather", "arguments": {"city": "Paris"}}]</s>'),
+    ],
+)
+def test_a_call_is_learnt_from_its_opening_on(tokenizer, assistant, prompt, expected):
+    """Where the template writes no header of an assistant turn, or not the one of its generation prompt."""
+    call = '[CALL] [{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}]'
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %}ASSISTANT{% for c in "
+        "m.tool_calls or [] %}CALL{% endfor %}{{ m.content }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}PROMPT{% endif %}"
+    )
+    for name, text in (("ASSISTANT", assistant), ("CALL", call), ("PROMPT", prompt)):
+        tokenizer.chat_template = tokenizer.chat_template.replace(name, text)
+    call = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER, ANSWER]
+    assert learnt(tokenizer, {"messages": turns})[0].strip() == expected
+
+
+def test_tools_may_be_written_in_the_turn_of_the_system(tokenizer):
+    tool = {"type": "function", "function": {"name": "weather", "description": "Tells the weather."}}
+    system = {"role": "system", "content": f"You may call: {json.dumps(tool)}"}
+    row = {"messages": [system, USER, ANSWER], "tools": [tool]}
+    assert learnt(tokenizer, row) == ["It is 2.</s>"]
+    with pytest.raises(UsageError, match="of tools; --column_mapping tools= leaves the column out"):
+        encode({**row, "messages": [USER, ANSWER]}, "chat", tokenizer, 4096, True)
+
+
+def test_a_row_of_weight_0_is_said_to_have_nothing_to_learn(train, tmp_path, capsys):
+    turns = [USER, ANSWER]
+    rows = [{"messages": turns}] * 5 + [{"messages": [USER, {**ANSWER, "weight": 0}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = {"prompt_template": "chat", "completion_only_loss": True, "max_steps": 1}
+    assert train(train_file=tmp_path / "rows.json", **options) == 0
+    assert (
+        "1 training rows are dropped: nothing to learn (weight 0), or nothing of it within" in capsys.readouterr().out
+    )
+
+
+def test_rows_are_shown_with_what_is_learnt(train, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": [USER, ANSWER], "id": 1}] * 3))
+    options = {"prompt_template": "chat", "completion_only_loss": True, "train_file": tmp_path / "rows.json"}
+    assert train(show_rows=2, **options) == 0
+    out = capsys.readouterr().out
+    assert "columns that are not used: id" in out
+    assert re.search(r"---- row 1: \d+ tokens, \d+ with loss\n", out)
+    assert out.count("⟦It is 2.</s>⟧") == 2
+    assert "1 + 1?" in out.split("⟦")[0]
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from ist.training.command_line import UsageError
-from ist.training.reading import find_sources, load_rows, read_rows, unused_columns
+from ist.training.reading import load_rows, read_rows, unused_columns
+from ist.training.sources import find_sources
 
 ROWS = [{"instruction": f"Add {i} and 1.", "input": "", "output": str(i + 1)} for i in range(4)]
 
@@ -206,3 +207,48 @@ def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UsageError, match=r"its cache .* cannot be written .*; HF_DATASETS_CACHE names another place"):
         load_rows("train_file", [file])
+
+
+@pytest.mark.parametrize("first", ["instruction;input;output\r\n", "sep=;\r\ninstruction;input;output\r\n"])
+def test_csv_of_a_european_excel(tmp_path, first):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + f'{first}Add;;"1,50 €; yes"\r\n'.encode())
+    assert texts(load_rows("train_file", [str(tmp_path / "a.csv")])) == [
+        {"instruction": "Add", "input": "", "output": "1,50 €; yes"}
+    ]
+
+
+def test_a_folder_as_people_have_it(tmp_path):
+    """Splits by name, hidden files and pages about the dataset beside them."""
+    folder = tmp_path / "set"
+    row = {"instruction": "Add.", "input": "", "output": "3"}
+    for name in ("train-00000-of-00001.jsonl", "test.jsonl", "validation.jsonl", "data/train-2.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({**row, "output": name}))
+    for name in ("._train.jsonl", ".ipynb_checkpoints/train.jsonl", "_SUCCESS", "README.md", "dataset_infos.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+
+    def read(split):
+        return read_rows("train_file", find_sources("train_file", [str(folder)], split))["output"]
+
+    assert sorted(read("train")) == ["data/train-2.jsonl", "train-00000-of-00001.jsonl"]
+    assert read("test") == ["test.jsonl"]
+    with pytest.raises(UsageError, match="has no split dev, only train, validation, test; --dataset_split names one"):
+        read("dev")
+
+
+def test_keys_of_turns_that_are_not_used_are_named(tmp_path):
+    turns = [{"role": "user", "content": "a", "audio": {"id": 1}}, {"role": "assistant", "content": "b", "rank": 0}]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": turns}]))
+    (line,) = unused_columns(load_rows("train_file", [str(tmp_path / "a.json")]))
+    assert line.endswith("columns that are not used: messages[].audio, messages[].rank")
+
+
+def test_a_column_is_left_out_by_a_mapping_to_nothing(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a", "tools": "not JSON"}]))
+    rows = read_rows("train_file", find_sources("train_file", [str(tmp_path / "a.json")]), {"tools": ""})
+    assert "tools" not in rows.column_names
+    mixed = {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}
+    (tmp_path / "b.json").write_text(json.dumps([mixed]))
+    with pytest.raises(UsageError, match="row 0 has prompt as text and completion as turns: give both"):
+        load_rows("train_file", [str(tmp_path / "b.json")])
