@@ -19,7 +19,7 @@ from launch.experiments.tables import experiment_table
 METHOD = (
     *("config", "sampler", "suppression", "layers", "loss", "probe", "tuner", "distributed", "adapters", "selection"),
 )
-COMMANDS = ("evaluate", "analyze", "benchmark", "report")
+COMMANDS = ("evaluate", "export", "analyze", "benchmark", "report")
 LIBRARIES = {"torch", "peft", *sys.stdlib_module_names}
 TOP_LEVEL = {
     *("README.md", "requirements.txt", "LICENSE", "train_ist.py", "ist", "accelerate_configs", "launch", "tests"),

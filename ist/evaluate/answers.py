@@ -63,26 +63,30 @@ LABELS = (
 
 
 def answers_of(rows: Dataset, file: str) -> Answers:
-    """The format of the answers, by the rows' `answer`; those of rows with `choices` are texts among these.
+    """The format of the answers, by the rows' `answer`, or by what they would train on; of rows with `choices` they are
+    texts among these.
 
     Raises:
-        UsageError: no such column, or not one of the formats of the paper's tasks.
+        UsageError: no question or answer, or not one of the formats of the paper's tasks.
     """
-    if "answer" not in rows.column_names or not {"instruction", "prompt", "messages"} & {*rows.column_names}:
+    answers = _answers(rows)
+    if answers is None or not {"instruction", "prompt", "messages", "prompt_turns"} & {*rows.column_names}:
         there = [name for name in rows.column_names if name not in ("file", "row", "unused", "renamed")]
         raise UsageError(
-            f"--test_file {file} needs the columns instruction and answer; got {', '.join(there)}. prompt or messages "
-            "serve for instruction."
+            f"--test_file {file} needs a question (instruction, prompt or messages) and an answer (answer, output, "
+            f"completion or messages); it has {', '.join(there)}. --column_mapping THEIRS=OURS renames columns."
         )
     if "choices" in rows.column_names:
         for i, row in enumerate(map(as_lists, rows)):
-            if not isinstance(row["choices"], list) or row["answer"] not in row["choices"] or "" in row["choices"]:
+            if not isinstance(row["choices"], list) or answers[i] not in row["choices"] or "" in row["choices"]:
                 raise UsageError(
                     f"--test_file {file}, row {i}: answer must be one of choices, texts as a model would write them; "
-                    f"got {row['answer']!r} and {row['choices']!r}."
+                    f"got {answers[i]!r} and {row['choices']!r}."
                 )
-        return Answers("text", str.strip, [answer.strip() for answer in rows["answer"]])
-    gold = [str(answer).strip() for answer in rows["answer"]]
+        return Answers("text", str.strip, [str(answer).strip() for answer in answers])
+    gold = [str(answer).strip() for answer in answers]
+    if "answer" not in rows.column_names:
+        gold = _worded(gold) or gold
     for labels in LABELS:
         if set(gold) <= set(labels):
             return Answers("label", extract_label(labels), gold, labels)
@@ -99,6 +103,29 @@ def answers_of(rows: Dataset, file: str) -> Answers:
         raise UsageError(
             f"--test_file {file}: its answers are of no known task: {listed}; A to E; or numbers; got {seen}."
         ) from None
+
+
+def _answers(rows: Dataset) -> list | None:
+    """The answer of each row, in the column that holds it; None where there is none."""
+    for column in ("answer", "output", "completion"):
+        if column in rows.column_names:
+            return rows[column]
+    if {"messages", "completion_turns"} & {*rows.column_names}:
+        return [conversation(row)[0][-1].get("content", "") for row in rows]
+    return None
+
+
+def _worded(gold: list[str]) -> list[str] | None:
+    """The labels, or the last numbers, that worded answers end in ("the correct answer is true"); None: other texts."""
+    for labels in LABELS:
+        found = [re.findall("|".join(rf"\b{label}\b" for label in labels), text) for text in gold]
+        if all(found):
+            return [one[-1] for one in found]
+    letters = [re.findall(r"\b[A-E]\b", text) for text in gold]
+    if all(letters):
+        return [one[-1] for one in letters]
+    numbers = [re.findall(r"-?\d+\.?\d*", text.replace(",", "")) for text in gold]
+    return [one[-1].removesuffix(".") for one in numbers] if all(numbers) else None
 
 
 def task_name(file: str) -> str:

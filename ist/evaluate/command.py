@@ -30,13 +30,15 @@ from ist.evaluate.scorer import (
     read_text,
     shards,
     start,
+    tokenizer_of,
 )
 from ist.report.statistics import wilson
 from ist.training.chat import ChatTemplate
 from ist.training.command_line import UsageError, command, parse_arguments, require
-from ist.training.encoding import as_lists, load_tokenizer, make_prompt
+from ist.training.encoding import as_lists, make_prompt
 from ist.training.files import json_digest, read_lines, write_json, write_lines, writing
-from ist.training.reading import load_rows
+from ist.training.reading import column_mapping, read_rows
+from ist.training.sources import find_sources
 
 
 @dataclass
@@ -45,7 +47,10 @@ class EvaluateArguments(ScorerArguments):
 
     test_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "Rows with instruction and answer; the file's stem or folder is the task's name."},
+        metadata={"help": "Rows with a question and an answer; the file's stem or folder is the task's name."},
+    )
+    column_mapping: list[str] | None = field(
+        default=None, metadata={"help": "Other names of columns, THEIRS=OURS: question=instruction."}
     )
     perplexity_file: list[str] = field(default_factory=list, metadata={"help": "Plain text to take the perplexity of."})
     scoring: Literal["generation", "likelihood"] = field(
@@ -91,9 +96,11 @@ def load_tasks(args: EvaluateArguments) -> list[Task]:
     """
     tasks, chat = [], None
     if args.test_file and args.prompt_template == "chat":
-        chat = ChatTemplate(load_tokenizer("model_name_or_path", args.model_name_or_path, "chat", args.chat_template))
+        chat = ChatTemplate(tokenizer_of(args))
     for file in args.test_file:
-        rows = load_rows("test_file", [file], form=False)
+        rows = read_rows(
+            "test_file", find_sources("test_file", [file]), column_mapping(args.column_mapping), form=False
+        )
         if args.max_rows:
             rows = rows.select(range(min(args.max_rows, len(rows))))
         answers = answers_of(rows, file)

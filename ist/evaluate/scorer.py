@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,9 +25,11 @@ from ist.training.command_line import UsageError, brief, require
 from ist.training.continuing import CONFIG, adapter_digest
 from ist.training.data import collate
 from ist.training.encoding import TEMPLATES, load_tokenizer
+from ist.training.export import stop_ids
 from ist.training.files import model_digest, read_object, write_json
+from ist.training.model import nf4
 from ist.training.record import require_writable
-from ist.training.weights import load_adapter, load_pretrained
+from ist.training.weights import is_quantised, load_adapter, load_pretrained
 
 
 class Scorer:
@@ -36,6 +39,7 @@ class Scorer:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
         self.special = args.prompt_template != "chat"  # a chat template writes its own
+        self.stops = stop_ids(tokenizer, args.prompt_template or "alpaca")
 
     @torch.inference_mode()
     def generate(self, prompts: list[str], max_new_tokens: int) -> list[str]:
@@ -47,8 +51,13 @@ class Scorer:
             num_beams=self.args.num_beams,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.stops or None,
         )
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = [
+            list(takewhile(lambda token: token not in self.stops, answer))
+            for answer in tokens[:, inputs["input_ids"].shape[1] :].tolist()
+        ]
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     @torch.inference_mode()
     def log_likelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
@@ -115,12 +124,15 @@ class ScorerArguments:
     adapter: str | None = field(default=None, metadata={"help": "Folder of a PEFT adapter; default: the base alone."})
     any_base: bool = field(default=False, metadata={"help": "Take an adapter that names another base model."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "Of the base weights."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Base weights as 4-bit NF4 (bitsandbytes), as a QLoRA run trained on them."}
+    )
     prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] | None = field(
         default=None, metadata={"help": "Default: that of the run that made the adapter (its run.json), else alpaca."}
     )
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "In the place of the tokenizer's; default: that of the run that made the adapter."},
+        metadata={"help": "In the place of the tokenizer's; default: that of the adapter, or of its run."},
     )
     max_length: int = field(default=1024, metadata={"help": "Tokens of a window of plain text."})
     batch_size: int = field(default=16, metadata={"help": "Rows at a time."})
@@ -191,16 +203,29 @@ def read_text(key: str, file: str) -> str:
     return text
 
 
+def tokenizer_of(args: ScorerArguments, **options: Any) -> PreTrainedTokenizerBase:
+    """The adapter's, which has the chat template that it was trained with; else the model's."""
+    own = args.adapter and (Path(args.adapter) / "tokenizer_config.json").exists()
+    named = ("adapter", args.adapter) if own else ("model_name_or_path", args.model_name_or_path)
+    return load_tokenizer(*named, args.prompt_template, args.chat_template, **options)
+
+
 def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
-    tokenizer = load_tokenizer(
-        *("model_name_or_path", args.model_name_or_path, args.prompt_template, args.chat_template), padding_side="left"
-    )
-    model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, dtype=args.dtype)
+    tokenizer = tokenizer_of(args, padding_side="left")
+    options: dict[str, Any] = {"dtype": args.dtype}
+    if args.load_in_4bit:
+        dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+        options = {"quantization_config": nf4(dtype), "dtype": dtype}
+    if args.load_in_4bit or is_quantised(args.model_name_or_path):
+        options["device_map"] = {"": device}  # packed weights stay where they were packed
+    model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, **options)
     if args.adapter:
         model = load_adapter(model, args.adapter)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Scorer(model.to(device).eval(), tokenizer, args)
+    if "device_map" not in options:
+        model = model.to(device)
+    return Scorer(model.eval(), tokenizer, args)
 
 
 def training_run(folder: str) -> dict | None:
@@ -237,7 +262,8 @@ def start(args: ScorerArguments) -> tuple[PartialState, dict | None]:
             file = Path(args.adapter or args.model_name_or_path) / "../run.json"
             raise UsageError(f"{file} has the prompt_template {template}, which is none: give --prompt_template.")
         args.prompt_template = template
-    if args.chat_template is None and args.prompt_template == "chat" and training:
+    has_own = args.adapter and (Path(args.adapter) / "tokenizer_config.json").exists()
+    if args.chat_template is None and args.prompt_template == "chat" and training and not has_own:
         args.chat_template = training["configuration"].get("chat_template")
     require_base(args)
     return state, training

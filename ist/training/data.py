@@ -20,7 +20,7 @@ from ist.training.command_line import UsageError, require
 from ist.training.continuing import adapter_digest, adapter_folder
 from ist.training.encoding import Lengths, encode_rows, load_tokenizer
 from ist.training.files import model_digest
-from ist.training.reading import KNOWN, read_rows, unused_columns
+from ist.training.reading import column_mapping, read_rows, unused_columns
 from ist.training.sources import find_sources, hub_source
 
 
@@ -57,7 +57,7 @@ def prepare_data(args: Arguments) -> Data:
     notes = [line for rows in sets for line in unused_columns(rows)]
     if args.validation_file:
         sources = find_sources("validation_file", args.validation_file, args.dataset_split, "validation")
-        validation = read_rows("validation_file", sources, _mapping(args.column_mapping))
+        validation = read_rows("validation_file", sources, column_mapping(args.column_mapping))
         notes += unused_columns(validation)
     elif args.validation_size:
         sets, validation = _split(sets, args.validation_size)
@@ -96,24 +96,9 @@ def shown_rows(args: Arguments, data: Data) -> str:
     return "\n".join([*data.notes, *lines])
 
 
-def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
-    """["question=instruction"] as {"question": "instruction"}; "tools=" leaves a column out.
-
-    Raises:
-        UsageError: a pair without =, or a name that is none of ours.
-    """
-    mapping = {}
-    for pair in pairs or ():
-        theirs, _, ours = pair.partition("=")
-        fits = bool(theirs) and "=" in pair and ours in ("", *KNOWN)
-        require(fits, "column_mapping", f"THEIRS=OURS, ours one of {', '.join(KNOWN)}, or nothing", pair)
-        mapping[theirs] = ours
-    return mapping
-
-
 def _read_training_sets(args: Arguments, key: str) -> list[Dataset]:
     """The rows of each --train_file, or of the dataset; with train_weights set by set, else as one."""
-    mapping = _mapping(args.column_mapping)
+    mapping = column_mapping(args.column_mapping)
     if args.dataset_name:
         sources = [[hub_source(key, args.dataset_name, args.dataset_config, args.dataset_split)]]
     else:

@@ -326,6 +326,8 @@ def encode_rows(
     lengths, predicted, stops = (table[name].to_numpy() for name in ("length", "predicted", "stops"))
     kept = np.flatnonzero((predicted > 0) & ((overlong != "drop") | (lengths <= max_length)))
     if not len(kept):
+        if overlong != "drop" and lengths.max() <= max_length:
+            raise UsageError(f"--{key}: no row has anything to learn: weight 0, or train false, in all answers.")
         raise UsageError(f"--{key}: no row has an answer left within --max_length {max_length}. Raise --max_length.")
     summary = Lengths(
         dropped=len(encoded) - len(kept),

@@ -138,7 +138,7 @@ def write_card(folder: Path, run: dict[str, Any], base: str, location: str, kind
         kind: PEFT's name of the method, or the class of a model.
     """
     configuration, counts = run["configuration"], run["layer_counts"]
-    if adapted := configuration["peft_method"] != "none":
+    if adapted := (folder / "adapter_config.json").exists():
         ours = "import ist.adapters  # makes this method known to PEFT\n" if kind in ("SERIES", "PARALLEL") else ""
         loading = ADAPTER_LOADING.format(registration=ours, folder=location)
     else:

@@ -94,7 +94,7 @@ def resolve_targets(args: Arguments, model: nn.Module) -> Resolved:
     return Resolved.of(args, target_modules=targets, exclude_modules=exclude)
 
 
-def _auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> type:
     """A causal language model, or one inside a vision-language model, which takes text alone as well."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM
@@ -105,7 +105,7 @@ def _skeleton(args: Arguments, config: PretrainedConfig, **options) -> nn.Module
     """The model without weights: shapes and types on the meta device."""
     options |= {"attn_implementation": args.attn_implementation, "trust_remote_code": args.trust_remote_code}
     with torch.device("meta"):
-        return _auto_class(config).from_config(config, **options)
+        return auto_class(config).from_config(config, **options)
 
 
 class ModelPlan(NamedTuple):
@@ -280,8 +280,12 @@ def _require_fitting(rows: Sequence[list[int]], config: PretrainedConfig, vocabu
 
 
 def _quantization(args: Arguments) -> BitsAndBytesConfig:
-    """NF4 with double quantisation, computed in args.dtype, or in bfloat16 under mixed precision."""
-    dtype = torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32
+    """NF4, computed in args.dtype, or in bfloat16 under mixed precision."""
+    return nf4(torch.bfloat16 if args.bf16 or args.dtype == "bfloat16" else torch.float32)
+
+
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NF4 with double quantisation, computed in `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -300,7 +304,7 @@ def load_model(args: Arguments, peft_config: PeftConfig | None, device: torch.de
         options = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
     config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     base = load_pretrained(
-        _auto_class(config),
+        auto_class(config),
         args.model_name_or_path,
         **options,
         attn_implementation=args.attn_implementation,

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 
-from ist.training.command_line import UsageError, brief
+from ist.training.command_line import UsageError, brief, require
 from ist.training.files import file_digest, json_digest
 from ist.training.sources import Source, find_sources
 
@@ -40,6 +40,9 @@ TURN_KEYS = {
     *("role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"),
     *("reasoning_content", "thinking", "reasoning", "weight", "train"),
 }
+
+
+_SPEAKERS = ("user", "assistant", "system")  # whose `name` hardly any template shows
 
 
 class _Written(float):
@@ -219,7 +222,12 @@ def _as_json(value: Any, column: str, unused: set[str]) -> str | None:
         raise UsageError(f"must hold {column} as a list; got {json.dumps(value, default=str)[:40]}")
     if column in ("messages", "prompt", "completion"):
         turns = [turn for turn in value if isinstance(turn, Mapping)]
-        unknown = {key for turn in turns for key, one in turn.items() if key not in TURN_KEYS and one not in (None, "")}
+        unknown = {
+            key
+            for turn in turns
+            for key, one in turn.items()
+            if one not in (None, "") and (key not in TURN_KEYS or (key == "name" and turn.get("role") in _SPEAKERS))
+        }
         unused |= {f"{column}[].{key}" for key in unknown}
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
@@ -354,6 +362,21 @@ def unused_columns(rows: Dataset) -> list[str]:
         for file, names in found.items()
         if names - {""}
     ]
+
+
+def column_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
+    """["question=instruction"] as {"question": "instruction"}; "tools=" leaves a column out.
+
+    Raises:
+        UsageError: a pair without =, or a name that is none of ours.
+    """
+    mapping = {}
+    for pair in pairs or ():
+        theirs, _, ours = pair.partition("=")
+        fits = bool(theirs) and "=" in pair and ours in ("", *KNOWN)
+        require(fits, "column_mapping", f"THEIRS=OURS, ours one of {', '.join(KNOWN)}, or nothing", pair)
+        mapping[theirs] = ours
+    return mapping
 
 
 def load_rows(key: str, files: Sequence[str], form: bool = True) -> Dataset:

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from ist.layers import text_decoder
@@ -50,6 +50,15 @@ def require_quantizer(name: str, config: PretrainedConfig) -> None:
             AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment(device_map=None)
     except Exception as error:  # each method has its own: a package, a version, a GPU
         raise UsageError(f"{name} has quantised weights, which cannot be loaded here: {brief(error)}") from error
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a model's files hold packed weights."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception:  # its loading says what is wrong
+        return False
+    return getattr(config, "quantization_config", None) is not None
 
 
 def require_weight_files(name: str, folder: Path, skeleton: nn.Module) -> None:

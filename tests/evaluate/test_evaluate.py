@@ -121,7 +121,7 @@ def test_the_format_follows_from_the_rows():
     assert not numbers.right(None, 0)
     with pytest.raises(UsageError, match=r"answers are of no known task.* got perhaps, true"):
         answers_of(rows_of("true", "perhaps"), "f")
-    with pytest.raises(UsageError, match="needs the columns instruction and answer"):
+    with pytest.raises(UsageError, match=r"needs a question .* and an answer"):
         answers_of(Dataset.from_list([{"question": "?"}]), "f")
     assert (name_of("a/boolq/test.json"), name_of("a/boolq.json"), name_of("x/gsm8k.jsonl")) == (
         "boolq",
@@ -322,7 +322,7 @@ def test_perplexity_is_that_of_the_text(folder, tmp_path):
 def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch):
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "odd.json").write_text('[{"instruction": "a", "output": "", "answer": "perhaps"}]')
-    (tmp_path / "column.json").write_text('[{"instruction": "a", "output": "b"}]')
+    (tmp_path / "column.json").write_text('[{"instruction": "a", "input": "b"}]')
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config(hidden_size=64)).save_pretrained(tmp_path / "other/tiny")
     AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "other/tiny")
@@ -333,7 +333,7 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch):
         main(["--model_name_or_path", model, "--output_dir", str(tmp_path / "out"), *map(str, flags)])
 
     for flags, message in (
-        (("--test_file", tmp_path / "column.json"), "needs the columns instruction and answer; got"),
+        (("--test_file", tmp_path / "column.json"), "needs a question .* and an answer .*; it has"),
         (("--test_file", tmp_path / "odd.json"), "its answers are of no known task"),
         (("--test_file", tmp_path / "empty.json"), "empty"),
         (("--test_file", tmp_path / "nowhere.json"), "no such file"),

@@ -100,7 +100,7 @@ def test_eos_only_where_it_fits_and_cut_answers_are_dropped(tokenizer):
 
 
 def test_a_row_that_holds_no_text_is_refused(tokenizer):
-    with pytest.raises(UsageError, match=r"row 0 has \["a"\] in output"):
+    with pytest.raises(UsageError, match=r'row 0 has \["a"\] in output'):
         encode_rows(Dataset.from_list([{**ROW, "output": ["a"]}]), "train_file", "alpaca", tokenizer, 99, True)
 
 

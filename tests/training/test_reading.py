@@ -238,10 +238,13 @@ def test_a_folder_as_people_have_it(tmp_path):
 
 
 def test_keys_of_turns_that_are_not_used_are_named(tmp_path):
-    turns = [{"role": "user", "content": "a", "audio": {"id": 1}}, {"role": "assistant", "content": "b", "rank": 0}]
+    turns = [
+        {"role": "user", "content": "a", "audio": {"id": 1}},
+        {"role": "assistant", "content": "b", "rank": 0, "name": "c"},
+    ]
     (tmp_path / "a.json").write_text(json.dumps([{"messages": turns}]))
     (line,) = unused_columns(load_rows("train_file", [str(tmp_path / "a.json")]))
-    assert line.endswith("columns that are not used: messages[].audio, messages[].rank")
+    assert line.endswith("columns that are not used: messages[].audio, messages[].name, messages[].rank")
 
 
 def test_a_column_is_left_out_by_a_mapping_to_nothing(tmp_path):

@@ -1,0 +1,1 @@
+"""`python -m ist.export`: an adapter merged into its base model."""

@@ -1,0 +1,7 @@
+from ist.training.command_line import quiet_known_warnings, run_command
+
+quiet_known_warnings()
+
+from ist.export.command import main
+
+run_command(main)
