@@ -57,7 +57,7 @@ from ist.training.record import (
     total_steps,
 )
 from ist.training.signals import StopRequest
-from ist.training.trackers import require_tracker
+from ist.training.trackers import require_trackers
 from ist.tuner import SparseTuner
 
 # ------------------------------------------------------------------------------------------------------ checked first
@@ -67,13 +67,12 @@ from ist.tuner import SparseTuner
 def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     args, config, recipe = parse_training_arguments(argv, __doc__.split("\n")[0])
     if not looks_only(args):
-        require_tracker(args.report_to)
+        require_trackers(args.report_to)
         require_hub(args)
     require_launcher()
     # An explicit precision: a launcher's own setting must not decide it.
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
-        log_with=None if args.report_to == "none" else args.report_to,
         project_dir=".",  # trackers ask for one now; RunRecord.open names the run's own
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )

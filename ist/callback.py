@@ -6,6 +6,7 @@ One process or several under DistributedDataParallel; train_ist.py has FSDP2 as 
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +20,8 @@ from peft import AdaLoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbCallback
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ist.config import ISTConfig
 from ist.layers import drop_input_grad_hooks
@@ -123,12 +125,21 @@ class ISTCallback(TrainerCallback, ExportableState):
         if update and state.is_world_process_zero:
             with open(Path(args.output_dir) / IMPORTANCE, "a") as file:
                 file.write(json.dumps(update) + "\n")
-            if "wandb" in args.report_to:
+            self._report(importance_values(update, self.tuner.trained_counts), args, state, control)
+
+    def _report(
+        self, values: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Give values to the Trainer's trackers: to W&B as they are named, to others as Trainer names what it logs
+        (train/importance/score/layer_00)."""
+        for callback in _trackers():
+            if isinstance(callback, WandbCallback):
                 import wandb
 
                 if wandb.run is not None:
-                    values = importance_values(update, self.tuner.trained_counts)
                     wandb.log(values | {"train/global_step": state.global_step})
+            else:
+                callback.on_log(args, state, control, logs=dict(values))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -145,6 +156,18 @@ class ISTCallback(TrainerCallback, ExportableState):
             return
         updates, counts = read_lines(output_dir / IMPORTANCE), self.tuner.trained_counts
         plot_importance(output_dir / PICTURE, updates, counts, steps, output_dir.name, self.tuner.prepare())
+
+
+def _trackers() -> list[TrainerCallback]:
+    """The tracking callbacks of the Trainer that called: it names them to no callback, so they are those of the handler
+    up the stack."""
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is None:
+        return []
+    kinds = tuple({**INTEGRATION_TO_CALLBACK}.values())
+    return [callback for callback in frame.f_locals["self"].callbacks if isinstance(callback, kinds)]
 
 
 def _require_served(config: ISTConfig, args: TrainingArguments, model: nn.Module, train_dataloader: DataLoader) -> None:

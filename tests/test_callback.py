@@ -12,6 +12,7 @@ from datasets import IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from support import ROOT, read_lines, reset_accelerate
 from support.callback_run import IST, arguments, in_order, lora, pad
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -198,6 +199,20 @@ def test_wandb_gets_scores_and_probes(reference, tiny, tmp_path, monkeypatch):
             update["scores"], abs=0.05
         )
         assert [values[f"probe/loss_{j}"] for j in range(3)] == pytest.approx(update["losses"], abs=1e-5)
+
+
+def test_tensorboard_gets_scores_and_probes(reference, tiny, tmp_path, monkeypatch):
+    """Through the Trainer's own callback, in its file."""
+    rows, _, updates = reference
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    make(Trainer, tmp_path / "hf", tiny, rows, report_to=["tensorboard"]).train()
+    (file,) = (tmp_path / "board").rglob("events*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    for i in range(4):
+        found = events.Scalars(f"train/importance/score/layer_{i:02d}")
+        assert [event.step for event in found] == [update["step"] for update in updates]
+        assert [event.value for event in found] == pytest.approx([update["scores"][i] for update in updates], abs=0.05)
+    assert events.Scalars("train/loss")
 
 
 @pytest.mark.parametrize(("rule", "count"), [("paper", 4), ("released", 16)])

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from ist.config import ConfigError, Count, ISTConfig
 from ist.selection import RULES, rule_fields
 from ist.training.command_line import UsageError, as_usage_error, parse_arguments, require
+from ist.training.trackers import KNOWN as TRACKERS
 
 # A resumed run may change the `free_keys` of each group, which say where and how it reports and saves, or change its
 # speed and memory alone; and the `content_keys`, where the digests of what they name are equal.
@@ -226,7 +227,10 @@ class RunArguments:
     save_total_limit: int | None = option(None, "Checkpoints to keep; the best one is kept besides.")
     load_best_model_at_end: bool = option(False, "adapter/ is the one of lowest validation loss, not the last.")
     resume_from_checkpoint: str = option("none", "none; auto: the newest whole checkpoint, else start; or a path.")
-    report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "Tracker; the files are always written.")
+    report_to: list[str] = field(
+        default_factory=lambda: ["wandb"],
+        metadata={"help": f"Trackers ({', '.join(TRACKERS)}), all, or none; the files are always written."},
+    )
     run_name: str | None = option(None, "Default: the recipe's name.")
     log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
     push_to_hub: bool = option(False, "Push adapter/ (model/) to the Hub at the end of the run.")
@@ -237,8 +241,14 @@ class RunArguments:
     plan: bool = option(False, "Predict the peak memory of each device, say whether it fits, and stop.")
 
     def __post_init__(self) -> None:
-        if self.log_adapter and self.report_to != "wandb":
-            raise UsageError(f"--log_adapter true needs --report_to wandb; got {self.report_to}.")
+        names = [name for part in self.report_to for name in part.split(",") if name]
+        object.__setattr__(self, "report_to", names)
+        for name in names:
+            require(name in (*TRACKERS, "all", "none"), "report_to", f"of {', '.join(TRACKERS)}, all or none", name)
+        if len(names) > 1 and {"all", "none"} & {*names}:
+            raise UsageError(f"--report_to {' '.join(names)}: all and none stand alone.")
+        if self.log_adapter and not {"wandb", "all"} & {*names}:
+            raise UsageError(f"--log_adapter true needs --report_to wandb; got {' '.join(names)}.")
         for key in ("hub_model_id", "hub_base_model"):
             if getattr(self, key) and not self.push_to_hub:
                 raise UsageError(f"--{key} needs --push_to_hub true.")

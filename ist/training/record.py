@@ -7,9 +7,10 @@ import resource
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ist.training.files import (
     replacing,
     write_json,
 )
-from ist.training.trackers import importance_values, tracked_values
+from ist.training.trackers import Trackers, importance_values, tracked_values
 
 RESERVE_BYTES = 1 << 16
 CONTENT = {  # digests in a configuration, and of what
@@ -215,6 +216,7 @@ class RunRecord:
     def __init__(self, output_dir: Path, accelerator: Accelerator, configuration: dict[str, Any], **facts: Any) -> None:
         self.output_dir = output_dir
         self.accelerator = accelerator
+        self.trackers = Trackers(accelerator, configuration["report_to"], str(output_dir))
         self.main = accelerator.is_main_process
         earlier = read_run(output_dir) or {}
         start = earlier["start"] if earlier and facts.get("resumed_from") else _now()
@@ -245,10 +247,9 @@ class RunRecord:
             UsageError: the tracker of a new run cannot start.
         """
         options = {}
-        if self.summary["configuration"]["report_to"] == "wandb":
+        if "wandb" in self.trackers.names:
             self.summary["wandb_run_id"] = self.summary["wandb_run_id"] or secrets.token_hex(4)
             options["wandb"] = {
-                "name": run_name,
                 "dir": str(self.output_dir),
                 "id": None if "WANDB_RUN_ID" in os.environ else self.summary["wandb_run_id"],
                 "resume": "allow",
@@ -258,24 +259,12 @@ class RunRecord:
             if self.main:
                 write_json(self.output_dir / RUN, self.summary)
         self.accelerator.project_configuration.logging_dir = str(self.output_dir)
-        scalars = {
-            key: value if isinstance(value, (int, float, str)) else str(value)
-            for key, value in self.summary["configuration"].items()
-        }
-        try:
-            self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "ist"), scalars, options)
-        except Exception as error:  # a service out of reach, a setting that the tracker refuses
-            self.accelerator.trackers = []  # the one that has failed could not be ended
-            reason = f"cannot start ({brief(error)})"
-            report_to = self.summary["configuration"]["report_to"]
-            if step == 0:
-                help_ = "correct its settings, set WANDB_MODE=offline, or pass --report_to none"
-                raise UsageError(f"--report_to {report_to} {reason}: {help_}.") from error
-            print(f"{report_to} {reason}; {self.output_dir} has everything.", file=sys.stderr)
+        project = os.environ.get("WANDB_PROJECT", "ist")
+        self.trackers.start(project, run_name, self.summary["configuration"], options, required=step == 0)
         if self._lost:  # lines that W&B had not written yet are lost with a killed process, offline all of them
             lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
             for line in sorted(lines, key=lambda line: line["step"]):
-                self._track(self.accelerator.log, tracked_values(line), step=line["step"])
+                self.trackers.log(tracked_values(line), line["step"])
 
     def _rewind(self, step: int) -> None:
         """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""
@@ -318,11 +307,12 @@ class RunRecord:
                 if status != "failed":  # a failed run says why it failed, and no more
                     again = f"python -m ist.report {self.output_dir} draws it again"
                     print(f"{PICTURE} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
-        if run := self._wandb_run():
+        tracker, run = self.trackers.wandb()
+        if run:
             if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
-                self._track(run.mark_preempting)
-            self._track(run.finish, exit_code={"finished": 0, "interrupted": 3}.get(status, 1))
-            self.summary["wandb_complete"] = bool(self.accelerator.trackers)
+                self.trackers.call(tracker, run.mark_preempting)
+            self.trackers.call(tracker, run.finish, exit_code={"finished": 0, "interrupted": 3}.get(status, 1))
+            self.summary["wandb_complete"] = self.trackers.wandb()[0] is not None
             self._write_summary(required=False, quiet=quiet)
 
     def _write_summary(self, required: bool, quiet: bool) -> None:
@@ -342,27 +332,14 @@ class RunRecord:
 
     def artifact(self, folder: Path) -> None:
         """Give a folder (adapter/ or model/) to W&B."""
-        if run := self._wandb_run():
-            self._track(run.log_artifact, folder, name=f"{folder.name}-{run.id}", type="model")
-
-    def _wandb_run(self) -> Any:
-        """W&B's run on the main process, where that is the tracker; else None."""
-        trackers = self.accelerator.trackers if self.main else []
-        # A tracker whose start failed has no run.
-        return next((getattr(tracker, "run", None) for tracker in trackers if tracker.name == "wandb"), None)
-
-    def _track(self, call: Callable, *args: Any, **kwargs: Any) -> None:
-        """Call a tracker. If it fails, the run goes on with its files alone."""
-        try:
-            call(*args, **kwargs)
-        except Exception as error:
-            print(f"The tracker has failed ({brief(error)}); {self.output_dir} has everything.", file=sys.stderr)
-            self.accelerator.trackers = []
+        tracker, run = self.trackers.wandb()
+        if run:
+            self.trackers.call(tracker, run.log_artifact, folder, name=f"{folder.name}-{run.id}", type="model")
 
     def metrics(self, line: dict) -> None:
         """A logged training step."""
         self._append(METRICS, line)
-        self._track(self.accelerator.log, tracked_values(line), step=line["step"])
+        self.trackers.log(tracked_values(line), line["step"])
 
     def semantic(self, summary: dict, counts: LayerCounts) -> None:
         """The summary of a semantic rule, and the layers that it left to train."""
@@ -371,24 +348,21 @@ class RunRecord:
             write_json(self.output_dir / RUN, self.summary)
         values = {"semantic/boundary": summary["boundary"]}
         values |= {f"semantic/deviation/space_{i:02d}": value for i, value in enumerate(summary["deviations"])}
-        self._track(self.accelerator.log, values, step=self.summary["steps"])
+        self.trackers.log(values, self.summary["steps"])
 
     def validation(self, line: dict) -> None:
         self._append(METRICS, line)
-        self._track(self.accelerator.log, tracked_values(line), step=line["step"])
+        self.trackers.log(tracked_values(line), line["step"])
 
     def importance(self, line: dict, trained_counts: Sequence[int], probe_share: float) -> None:
         """An importance update, how often each layer was trained so far, and the share of time spent on probes."""
         self._append(IMPORTANCE, line)
         step = line["step"]
         values = importance_values(line, trained_counts) | {"probe/time_share": probe_share}
-        self._track(self.accelerator.log, values, step=step)
+        self.trackers.log(values, step)
         if self.main:
             self._scores.append(line["scores"])
-            for tracker in self.accelerator.trackers:
-                image = heat_map(self._scores)
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                self._track(tracker.log_images, {"importance/heat_map": image[None]}, step=step, **layout)
+            self.trackers.image("importance/heat_map", partial(heat_map, self._scores), step)
 
     def _append(self, name: str, line: dict) -> None:
         if self.main:

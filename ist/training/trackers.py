@@ -1,19 +1,39 @@
-"""W&B and TensorBoard: whether they can start, and the numbers that they get."""
+"""Accelerate's trackers: whether they can start, and the numbers that they get."""
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from ist.training.command_line import UsageError, brief
 
+KNOWN = tuple(str(kind) for kind in LoggerType if str(kind) != "all")
+_NAMED = {  # how each takes the name of a run, which is not the project's
+    **{"mlflow": "run_name", "swanlab": "experiment_name", "trackio": "name", "clearml": "task_name"},
+    "wandb": "name",
+}
 
-def require_tracker(report_to: str) -> None:
-    """Stop now, not after the model is loaded, when the tracker cannot start."""
-    if report_to == "tensorboard":
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise UsageError("--report_to tensorboard needs a package: pip install tensorboard.") from None
-    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+
+def tracker_names(report_to: Sequence[str]) -> list[str]:
+    """The trackers of --report_to: none of `none`, of `all` those that are installed."""
+    if "all" in report_to:
+        return [str(name) for name in get_available_trackers()]
+    return [name for name in dict.fromkeys(report_to) if name != "none"]
+
+
+def require_trackers(report_to: Sequence[str]) -> None:
+    """Stop now, not after the model is loaded, when a tracker cannot start."""
+    names = tracker_names(report_to)
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in available:
+            raise UsageError(f"--report_to {name} needs a package: pip install {name}.")
+    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
         try:
@@ -25,6 +45,82 @@ def require_tracker(report_to: str) -> None:
                 f"--report_to wandb (the default) {reason}: run `wandb login`, or set WANDB_MODE=offline, "
                 "or pass --report_to none."
             )
+
+
+class Trackers:
+    """The trackers of a run, on the main process. One that fails is left out from then on; the run goes on.
+
+    Args:
+        report_to: names, as --report_to has them.
+        place: where everything is, for the line about one that failed.
+    """
+
+    def __init__(self, accelerator: Accelerator, report_to: Sequence[str], place: str) -> None:
+        self.accelerator, self.names, self.place = accelerator, tracker_names(report_to), place
+
+    def start(
+        self, project: str, run_name: str, config: Mapping[str, Any], options: Mapping[str, dict], required: bool
+    ) -> None:
+        """
+        Args:
+            config: the run's configuration; what is no number or text is written as text.
+            options: by name, more arguments of a tracker's start.
+
+        Raises:
+            UsageError: one cannot start, and it is `required`.
+        """
+        started: list = []
+        scalars = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
+        for name in self.names:
+            named = {_NAMED[name]: run_name} if name in _NAMED else {}
+            self.accelerator.log_with, self.accelerator.trackers = [LoggerType(name)], []
+            try:
+                self.accelerator.init_trackers(project, scalars, {name: {**named, **options.get(name, {})}})
+                started += self.accelerator.trackers
+            except Exception as error:  # a service out of reach, a setting that the tracker refuses
+                self.accelerator.trackers = started  # the one that has failed could not be ended
+                reason = f"cannot start ({brief(error)})"
+                if required:
+                    help_ = "correct its settings, set WANDB_MODE=offline, or pass --report_to none"
+                    raise UsageError(f"--report_to {name} {reason}: {help_}.") from error
+                print(f"{name} {reason}; {self.place} has everything.", file=sys.stderr)
+        self.accelerator.trackers = started
+
+    def call(self, tracker: Any, method: Callable, *args: Any, **kwargs: Any) -> None:
+        """Call a tracker's method. If it fails, the tracker gets nothing more."""
+        try:
+            method(*args, **kwargs)
+        except Exception as error:
+            print(f"{tracker.name} has failed ({brief(error)}); {self.place} has everything.", file=sys.stderr)
+            self.accelerator.trackers = [one for one in self.accelerator.trackers if one is not tracker]
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        if self.accelerator.is_main_process:
+            for tracker in list(self.accelerator.trackers):
+                self.call(tracker, tracker.log, dict(values), step=step)
+
+    def image(self, name: str, image: Callable[[], np.ndarray], step: int) -> None:
+        """uint8 [H, W, 3], made where a tracker takes images: TensorBoard, W&B, Aim, ClearML, SwanLab."""
+        if self.accelerator.is_main_process:
+            for tracker in [one for one in self.accelerator.trackers if hasattr(one, "log_images")]:
+                batched = tracker.name == "tensorboard"
+                values = {name: image()[None] if batched else image()}
+                self.call(tracker, tracker.log_images, _as_taken(tracker.name, values), step=step, **_LAYOUT[batched])
+
+    def wandb(self) -> tuple[Any, Any]:
+        """(W&B's tracker, its run) on the main process, where that is one; else (None, None)."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else ():
+            if tracker.name == "wandb":
+                return tracker, getattr(tracker, "run", None)  # one whose start failed has no run
+        return None, None
+
+
+_LAYOUT: tuple[dict[str, str], dict[str, str]] = ({}, {"dataformats": "NHWC"})
+
+
+def _as_taken(name: str, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """W&B and SwanLab take a list of images under a name."""
+    return {key: [image] for key, image in values.items()} if name in ("wandb", "swanlab") else dict(values)
 
 
 def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, float]:

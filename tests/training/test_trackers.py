@@ -1,11 +1,17 @@
-"""A tracker that cannot start: a new run says so and stops, a resumed one goes on."""
+"""Trackers, one or several: what they get, and one that fails or cannot start."""
 
 import json
 
 import pytest
 import wandb
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
+from support import of_type, offline_records, read_lines
 from support.runs import assert_same_adapter, cut_after
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ist.training import trackers
 from ist.training.command_line import UsageError
 
 
@@ -31,3 +37,69 @@ def test_a_tracker_that_cannot_start(train, tmp_path, monkeypatch, capsys):
     assert train(output_dir=cut, **options) == 0
     assert f"wandb cannot start (the service is out of reach); {cut} has everything." in capsys.readouterr().err
     assert_same_adapter(cut, whole)
+
+
+def test_several_trackers_get_the_same_numbers(train, tmp_path, monkeypatch):
+    """TensorBoard and W&B, and one that Accelerate knows and takes no images."""
+    given = []
+
+    class Plain(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "mlflow", False, True
+
+        def __init__(self, experiment_name, **kwargs):
+            super().__init__()
+            given.append(("started", experiment_name, kwargs))
+
+        tracker = None
+
+        def store_init_configuration(self, values):
+            given.append(("configuration", values))
+
+        def log(self, values, step, **kwargs):
+            given.append((step, values))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Plain)
+    available = [*tracking.get_available_trackers(), LoggerType.MLFLOW]
+    for module in (trackers, tracking):
+        monkeypatch.setattr(module, "get_available_trackers", lambda: available)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(report_to="wandb,tensorboard,mlflow", run_name="named", max_steps=6) == 0
+    lines = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    events = EventAccumulator(str(next(tmp_path.glob("run/**/events*")).parent), size_guidance={"images": 0}).Reload()
+    board = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert board == pytest.approx({line["step"]: line["loss"] for line in lines}, rel=1e-6)
+    assert events.Images("importance/heat_map")
+    assert {step: values["train/loss"] for step, values in given[2:] if "train/loss" in values} == {
+        line["step"]: line["loss"] for line in lines
+    }
+    assert given[0] == ("started", "ist", {"run_name": "named"})
+    wandb_rows = [
+        row["item"] for (record,) in [offline_records(tmp_path / "run")] for row in of_type(record, "history")
+    ]
+    assert {row["train/loss"] for row in wandb_rows if "train/loss" in row} == {line["loss"] for line in lines}
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(train, tmp_path, monkeypatch, capsys):
+    def fail(self, values, step=None, **kwargs):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(tracking.WandBTracker, "log", fail)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(report_to="wandb,tensorboard", max_steps=4) == 0
+    assert capsys.readouterr().err.count("wandb has failed (gone)") == 1
+    wandb.finish()
+    events = EventAccumulator(str(next(tmp_path.glob("run/**/events*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [
+        ("mlflow", "--report_to mlflow needs a package: pip install mlflow"),
+        ("paper", "--report_to must be of aim, .* all or none; got paper"),
+        ("none,wandb", "--report_to none wandb: all and none stand alone"),
+    ],
+)
+def test_trackers_that_are_none(train, report_to, message):
+    with pytest.raises(UsageError, match=message):
+        train(report_to=report_to)
