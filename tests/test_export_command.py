@@ -1,6 +1,7 @@
 """`python -m ist.export`: a merged model is the base model with its adapter, or is refused."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,23 @@ def test_a_merged_model_is_the_base_with_its_adapter(train, tmp_path, tiny, monk
     assert type(space["model"]).__name__ == "LlamaForCausalLM"
     assert main(["run", "--merged", "half", "--dtype", "bfloat16"]) == 0
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_snippets_of_the_readme(train, tmp_path, monkeypatch, capsys):
+    assert train(max_steps=2, output_dir=tmp_path / "runs/first") == 0
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "README.md").read_text().split("## Use the adapter")[1].split("\n## ")[0]
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, {})
+        assert "### Instruction:\nIs the sentence positive?" in capsys.readouterr().out
+    (command,) = re.findall(r"`python -m ist.export (.*?)`", page)
+    assert main(command.split()) == 0
+    AutoModelForCausalLM.from_pretrained("merged")
+    (flag,) = re.findall(r"`(--adapter_name_or_path .*?)`", page)
+    key, value = flag.split()
+    assert train(max_steps=1, lora_r=None, lora_alpha=None, **{key[2:]: value}) == 0
 
 
 @pytest.mark.parametrize("method", ["series", "ia3"])

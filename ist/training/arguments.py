@@ -235,7 +235,7 @@ class RunArguments:
     log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
     push_to_hub: bool = option(False, "Push adapter/ (model/) to the Hub at the end of the run.")
     hub_model_id: str | None = option(None, "Its name there; default: that of the run folder.")
-    hub_private_repo: bool = option(True, "A private repository.")
+    hub_private_repo: bool | None = option(None, "A private repository, unless this is false.")
     hub_base_model: str | None = option(None, "The base model's name on the Hub, where model_name_or_path is a folder.")
     ddp_timeout: int = option(1800, "Seconds that a process waits for the others in a collective, before it fails.")
     plan: bool = option(False, "Predict the peak memory of each device, say whether it fits, and stop.")

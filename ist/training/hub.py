@@ -46,7 +46,7 @@ def push(output_dir: Path, run: dict[str, Any], args: Arguments) -> str | None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             api = HfApi()
-            private = args.hub_private_repo
+            private = args.hub_private_repo is not False
             url = api.create_repo(args.hub_model_id or output_dir.name, private=private, exist_ok=True)
             stage(result, Path(folder) / result.name, run, args.hub_base_model, url.repo_id)
             api.upload_folder(
