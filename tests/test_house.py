@@ -195,7 +195,22 @@ def test_every_table_is_that_of_its_files(name):
 
 # Keys of other programs, and of scripts, that the READMEs name.
 FOREIGN = {
-    *("config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip"),  # accelerate launch
+    *(
+        "config_file",
+        "num_processes",
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "mixed_precision",
+    ),  # accelerate
+    *(
+        "enable-lora",
+        "max-lora-rank",
+        "lora-modules",
+        "tasks",
+        "model_args",
+        "cyclic_stride",
+    ),  # vLLM, lm_eval, an example
     *("gpus-per-node", "nodes", "array", "signal", "accelerate_config", "vary"),  # sbatch, launch/train.sbatch
     *(
         "help",
@@ -224,7 +239,14 @@ def test_every_key_is_in_a_readme_and_every_key_in_a_readme_exists():
     missing = {key for key in ours if not re.search(rf"`{key}[`=]|--{key}\b", text)} - {"help"}
     assert not missing
     known = ours | FOREIGN | {"readme", "train_file", "max_steps", "rows_per_step", "validation_size", "publish"}
-    for module in ("ist.evaluate", "ist.analyze", "ist.report", "launch.experiments.run", "launch.experiments.tables"):
+    for module in (
+        "ist.evaluate",
+        "ist.export",
+        "ist.analyze",
+        "ist.report",
+        "launch.experiments.run",
+        "launch.experiments.tables",
+    ):
         known |= keys_of("-m", module)
     for what in ("memory", "speed", "probe", "communication", "scale"):
         known |= keys_of("-m", "ist.benchmark", what)
