@@ -9,7 +9,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 from support import ROOT, tiny_config
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from ist.training.arguments import parse_training_arguments
 from ist.training.command_line import UsageError
@@ -73,6 +73,42 @@ def test_a_tokenizer_of_another_model_is_refused(train, tiny, tmp_path):
     assert tokens[0] < tokens[1]
     with pytest.raises(UsageError, match=f"gives token {tokens[1]}, the model's embedding has {tokens[0] + 1} rows"):
         train(model_name_or_path=folder, prompt_template="none", **files)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("gptq", "optimum"), ("awq", "gptqmodel"), ("hqq", "HQQ"), (None, "no `quant_method`")],
+)
+def test_quantised_weights_need_their_package_before_a_folder_is_made(train, tiny, tmp_path, method, message):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"bits": 4, "group_size": 16} | ({"quant_method": method} if method else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"--model_name_or_path {folder} has quantised weights, .*{message}") as error:
+        train(model_name_or_path=folder)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_methods_that_cannot_have_packed_or_replaced_weights(train, tiny, tmp_path):
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=packed, device_map={"": "cpu"})
+    model.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "packed")
+    file = tmp_path / "peft.json"
+    options = {"model_name_or_path": tmp_path / "packed", "peft_config": file, "lora_r": None, "lora_alpha": None}
+    file.write_text(json.dumps({"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj"]}))
+    with pytest.raises(
+        UsageError, match="LOHA is not served: it computes with the base weights themselves, which are pack"
+    ):
+        train(**options)
+    loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
+    file.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], **loftq}))
+    with pytest.raises(
+        UsageError, match="init_lora_weights loftq replaces the base weights, which adapter/ does not hold"
+    ):
+        train(**options | {"model_name_or_path": tiny})
+    assert not (tmp_path / "run").exists()
 
 
 BAD_INPUT = {
@@ -192,7 +228,7 @@ def test_a_bad_peft_config_is_one_clear_line(train, tmp_path, name):
 
 def test_a_method_that_needs_plain_weights_is_refused_on_packed_ones(train, tmp_path):
     (tmp_path / "peft.json").write_text('{"peft_type": "LOHA", "target_modules": ["q_proj"]}')
-    with pytest.raises(UsageError, match=r"LOHA is not served: .*--load_in_4bit packs"):
+    with pytest.raises(UsageError, match=r"LOHA is not served: .* weights themselves, which are packed"):
         train(peft_config=tmp_path / "peft.json", load_in_4bit=True, lora_r=None, lora_alpha=None)
 
 
