@@ -1,6 +1,6 @@
 """How fast rows are read and tokenised: rows of two turns, by one and two processes, and from the cache.
 
-    python tests/support/rows_speed.py --rows 200000 [--model models/SmolLM2-135M-Instruct] [--output FILE]
+    python tests/support/rows_speed.py --rows 200000 [--loss answers] [--model models/SmolLM2-135M-Instruct] [--output FILE]
 
 Each measurement is a process of its own, so that its peak of memory is its own; the cache is a new one.
 """
@@ -58,6 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--model", default=str(ROOT / "models/SmolLM2-135M-Instruct"), help="whose tokenizer to take")
+    parser.add_argument(
+        "--loss", nargs="+", default=["answers", "all"], choices=["answers", "all"], help="on which tokens"
+    )
     parser.add_argument("--output", type=Path, help="a Markdown file for the table")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -69,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write_rows(file, args.rows)
-        for processes, masked in ((1, True), (2, True), (1, False), (2, False)):
+        for processes, masked in [(count, loss == "answers") for loss in args.loss for count in (1, 2)]:
             environment = os.environ | {
                 "HF_DATASETS_CACHE": f"{folder}/cache-{processes}-{masked}",
                 "OMP_NUM_THREADS": "1",
