@@ -1,6 +1,6 @@
 """How fast rows are read and tokenised: rows of two turns, by one and two processes, and from the cache.
 
-    python tests/support/rows_speed.py --rows 200000 [--loss answers] [--model models/SmolLM2-135M-Instruct] [--output FILE]
+    python tests/support/rows_speed.py --rows 200000 [--loss answers] [--model M] [--output FILE]
 
 Each measurement is a process of its own, so that its peak of memory is its own; the cache is a new one.
 """
