@@ -34,13 +34,13 @@ from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
 from ist.training.arguments import looks_only, parse_training_arguments, resolve_batches, resolve_output_dir
 from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint, last_checkpoint
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
-from ist.training.continuing import adapter_folder, earlier_scores, require_schedule
+from ist.training.continuing import adapter_folder, base_notes, earlier_scores, require_schedule
 from ist.training.data import content_digests, prepare_data, shown_rows
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
 from ist.training.files import WriteError, json_digest
 from ist.training.folder import held_folder
-from ist.training.hub import push, push_again, require_hub
+from ist.training.hub import push, require_hub
 from ist.training.job import Job
 from ist.training.model import ModelPlan, make_scheduler, plan_layers, prepare, require_fitting
 from ist.training.monitor import Monitor
@@ -68,7 +68,6 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     args, config, recipe = parse_training_arguments(argv, __doc__.split("\n")[0])
     if not looks_only(args):
         require_trackers(args.report_to)
-        require_hub(args)
     require_launcher()
     # An explicit precision: a launcher's own setting must not decide it.
     accelerator = Accelerator(
@@ -78,6 +77,10 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     )
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours: it knows the tokens of the whole batch
     require_topology(accelerator, args.optim)
+    if args.push_to_hub and not looks_only(args):
+        from_main(lambda: require_hub(args), UsageError)
+    if args.adapter_name_or_path:
+        in_turns(lambda: adapter_folder(args.adapter_name_or_path))  # one rank fetches it, the others find it
     reduce_in_float32(accelerator)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and args.torch_compile:
@@ -102,8 +105,9 @@ def start(
     resumed_batch_size = checkpoint[1]["configuration"]["global_batch_size"] if checkpoint else None
     args = resolve_batches(planned.args, config, accelerator.num_processes, resumed_batch_size)
     configuration = asdict(args)
-    look = partial(is_finished_run, output_dir, configuration, resume != "none")
-    finished = not looks_only(args) and from_main(look, UsageError)
+    look = partial(is_finished_run, output_dir, configuration, resume != "none", checkpoint is not None)
+    if not looks_only(args):
+        from_main(look, UsageError)
 
     # Data, before any weight is loaded.
     data = in_turns(lambda: prepare_data(args))
@@ -122,20 +126,22 @@ def start(
         return 0
     if config_key(args):
         configuration["adapter"] = as_json(peft_config)
+        data = data._replace(notes=(*data.notes, *base_notes(args)))
     configuration |= from_main(lambda: content_digests(args, data), UsageError)
     scores = None
     if args.keep_importance:
-        scores = earlier_scores(adapter_folder(args.adapter_name_or_path), config, planned.layers.names)
+        adapter, layers = adapter_folder(args.adapter_name_or_path), planned.layers.names
+        scores = from_main(lambda: earlier_scores(adapter, config, layers), UsageError)
         configuration["importance_digest"] = json_digest(scores)
-    if finished and from_main(look, UsageError):  # again, as the content of rows and weights is known now
+    if from_main(look, UsageError):  # again, as the content of rows and weights is known now
         accelerator.print(f"{output_dir} holds this run, finished; nothing to do.")
         if args.push_to_hub and accelerator.is_main_process:
-            push_again(output_dir, args)
+            push(output_dir, args)
         return 0
     if checkpoint and (differing := differing_keys(checkpoint[1]["configuration"], configuration, longer=True)):
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of another configuration: {differing}.")
-    if checkpoint and total_steps(checkpoint[1]["configuration"]) != max_steps:
-        require_schedule(args, peft_config)
+    if checkpoint:
+        require_schedule(args, peft_config, total_steps(checkpoint[1]["configuration"]), max_steps)
     if checkpoint and checkpoint[1]["step"] > max_steps:
         steps = f"step {checkpoint[1]['step']}, past the run's {max_steps}"
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of {steps}. Choose an earlier one.")
@@ -178,6 +184,8 @@ def run(job: Job, accelerator: Accelerator, facts: dict[str, Any], observer: Obs
             os._exit(2 if isinstance(error, UsageError) else 1)
         raise error
     finally:
+        if record:
+            record.trackers.finish()
         accelerator.end_training()
         stop.restore()  # last: a second signal must not interrupt the last writes
 
@@ -286,9 +294,9 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
         result = save_model(job, adapter.model, record.summary, write)
     if args.log_adapter:
         record.artifact(result)
-    if args.push_to_hub and write:
-        record.progress(hub=push(job.output_dir, record.summary, args))
     record.close("finished")
+    if args.push_to_hub and write:  # the run is finished, whatever becomes of this
+        push(job.output_dir, args)
     say(f"finished {job.max_steps} steps; the result is in {result}")
     return 0
 

@@ -138,6 +138,9 @@ class ISTCallback(TrainerCallback, ExportableState):
 
                 if wandb.run is not None:
                     wandb.log(values | {"train/global_step": state.global_step})
+            elif type(callback).__name__ == "DVCLiveCallback":  # its on_log ends a step of Trainer's
+                for key, value in values.items() if callback.live is not None else ():
+                    callback.live.log_metric(f"train/{key}", value)
             else:
                 callback.on_log(args, state, control, logs=dict(values))
 

@@ -121,10 +121,12 @@ def _worded(gold: list[str]) -> list[str] | None:
         found = [re.findall("|".join(rf"\b{label}\b" for label in labels), text) for text in gold]
         if all(found):
             return [one[-1] for one in found]
+    numbers = [re.findall(r"-?\d+\.?\d*", text.replace(",", "")) for text in gold]
+    if all(re.search(r"\d\W*$", text) for text in gold):
+        return [one[-1].removesuffix(".") for one in numbers]
     letters = [re.findall(r"\b[A-E]\b", text) for text in gold]
     if all(letters):
         return [one[-1] for one in letters]
-    numbers = [re.findall(r"-?\d+\.?\d*", text.replace(",", "")) for text in gold]
     return [one[-1].removesuffix(".") for one in numbers] if all(numbers) else None
 
 

@@ -36,6 +36,7 @@ from ist.report.statistics import wilson
 from ist.training.chat import ChatTemplate
 from ist.training.command_line import UsageError, command, parse_arguments, require
 from ist.training.encoding import as_lists, make_prompt
+from ist.training.export import stop_ids
 from ist.training.files import json_digest, read_lines, write_json, write_lines, writing
 from ist.training.reading import column_mapping, read_rows
 from ist.training.sources import find_sources
@@ -43,7 +44,7 @@ from ist.training.sources import find_sources
 
 @dataclass
 class EvaluateArguments(ScorerArguments):
-    free_keys = ("output_dir", "batch_size", "test_file", "perplexity_file")
+    free_keys = ("output_dir", "batch_size", "test_file", "perplexity_file", "column_mapping")
 
     test_file: list[str] = field(
         default_factory=list,
@@ -208,7 +209,9 @@ def main(argv: Sequence[str]) -> int:
     texts = {Path(file).stem: read_text("perplexity_file", file) for file in args.perplexity_file}
     output_dir = Path(args.output_dir)
     digests = digests_of(args, training)
-    claim_folder(output_dir, deciding(args) | digests, state, {task.name: task.digest() for task in tasks})
+    # Before, answers of chats went on after the end of a turn: not to be mixed with those of now.
+    ends = {"stops": stop_ids(tokenizer_of(args), "chat")} if args.test_file and args.prompt_template == "chat" else {}
+    claim_folder(output_dir, deciding(args) | digests | ends, state, {task.name: task.digest() for task in tasks})
     scorer = cache(partial(load_scorer, args, state.device))  # a finished evaluation loads no model
     results = {task.name: evaluate_task(task, scorer, args, state) for task in tasks}
     perplexity = {name: scorer().perplexity(text, args.max_length, state) for name, text in texts.items()}

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -39,7 +39,9 @@ class Scorer:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
         self.special = args.prompt_template != "chat"  # a chat template writes its own
-        self.stops = stop_ids(tokenizer, args.prompt_template or "alpaca")
+        own = model.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        self.stops = sorted({*own, *stop_ids(tokenizer, args.prompt_template or "alpaca")})
 
     @torch.inference_mode()
     def generate(self, prompts: list[str], max_new_tokens: int) -> list[str]:
@@ -305,6 +307,8 @@ def claim_folder(
     rows = rows if isinstance(rows, dict) else {}
     differing = []
     if earlier is not None:
+        # A folder of an earlier version has no value of a newer key, which was its default.
+        earlier = {key.name: key.default for key in fields(ScorerArguments)} | earlier
         keys = [key for key in settings if key not in earlier or settings[key] != earlier[key]]
         differing = [WHAT_DIFFERS.get(key, key) for key in keys]
     elif any((output_dir / name).exists() for name in results):

@@ -3,6 +3,7 @@
 python -m ist.export RUN --merged DIR [--dtype bfloat16]
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,21 +23,21 @@ from ist.training.record import read_run
 from ist.training.weights import is_quantised, load_adapter, load_pretrained
 
 
-def _parse(argv: Sequence[str]) -> tuple[Path, Path, str, str | None]:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = PlainParser(prog="python -m ist.export", description=__doc__.split("\n")[0])
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of its adapter")
-    parser.add_argument("--merged", required=True, metavar="DIR", help="where the merged model goes")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the merged weights"
-    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run, or of its adapter")
+    parser.add_argument("--merged", metavar="DIR", type=Path, required=True, help="where the merged model goes")
+    dtypes = ["auto", "float32", "bfloat16"]
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the merged weights")
     parser.add_argument("--model_name_or_path", help="the base model, where it has moved")
-    args = parser.parse_args(argv)
-    return Path(args.run), Path(args.merged), args.dtype, args.model_name_or_path
+    parser.add_argument("--any_base", action="store_true", help="take a base model whose files have changed")
+    return parser.parse_args(argv)
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    source, merged, dtype, base = _parse(argv)
+    args = _parse(argv)
+    source, merged = args.run, args.merged
     adapter = source if (source / "adapter_config.json").exists() else source / "adapter"
     if (source / "model").is_dir() and not adapter.exists():
         raise UsageError(f"{source} holds a whole model already: {source / 'model'}.")
@@ -47,27 +48,33 @@ def main(argv: Sequence[str]) -> int:
     config = adapter_config(str(adapter))
     run = read_run(adapter.parent)
     configuration = run["configuration"] if run else {}
-    base = base or config.base_model_name_or_path
-    _require_base(base, configuration)
+    base = args.model_name_or_path or config.base_model_name_or_path
+    _require_base(base, configuration, args.any_base)
     tokenizer_from = adapter if (adapter / "tokenizer_config.json").exists() else Path(base)
     tokenizer = load_tokenizer("model_name_or_path", str(tokenizer_from))
     if configuration.get("load_in_4bit"):
         print("The adapter was trained on 4-bit weights; it is merged into the whole ones, which differ a little.")
-    model = _merged(base, adapter, config, dtype)
+    model = _merged(base, adapter, config, args.dtype)
     _save(model, tokenizer, run, base, merged)
     print(f"{config.peft_type.value} adapter {adapter} merged into {base}: {merged}")
     return 0
 
 
-def _require_base(base: str | None, configuration: dict) -> None:
+def _require_base(base: str | None, configuration: dict, any_base: bool) -> None:
     """
     Raises:
         UsageError: it is not the one that the adapter was trained on, or is packed.
     """
     if not base:
         raise UsageError("the adapter names no base model: --model_name_or_path does.")
-    if configuration.get("model_digest", "") not in ("", model_digest(base)):
-        raise UsageError(f"{base} is not the model that the adapter was trained on: its files have changed.")
+    named = configuration.get("model_name_or_path", base)
+    comparable = base == named or (Path(base).exists() and Path(named).exists())  # by name and commit, or by content
+    if comparable and not any_base and configuration.get("model_digest", "") not in ("", model_digest(base)):
+        raise UsageError(
+            f"{base} is not the model that the adapter was trained on: its files have changed; --any_base takes it."
+        )
+    if not comparable:
+        print(f"{base} is taken for {named}, which the adapter was trained on; their files are not compared.")
     if is_quantised(base):
         raise UsageError(f"{base} has quantised weights, which nothing can be merged into: name the whole model.")
 

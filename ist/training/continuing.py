@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -17,8 +18,10 @@ from ist.training.files import IMPORTANCE, file_digest, json_digest, read_lines,
 CONFIG = "adapter_config.json"
 
 
+@cache
 def adapter_folder(name: str) -> Path:
-    """The folder of an adapter: `name`, or what the Hub has under it (its cache, without a network).
+    """The folder of an adapter: `name`, or what the Hub has under it (its cache, without a network); the same one
+    whenever it is asked for.
 
     Raises:
         UsageError: there is no adapter; the message names one that is near.
@@ -59,8 +62,8 @@ def require_no_adapter(key: str, name: str) -> None:
         )
     base = read_object(Path(found)).get("base_model_name_or_path")
     raise UsageError(
-        f"{key} {name} is an adapter and no model: pass {key} {base or 'ITS_BASE'} --adapter_name_or_path {name} "
-        "to go on from it."
+        f"{key} {name} is an adapter and no model: pass {key} {base or 'ITS_BASE'}, and the adapter by its own key "
+        "(--adapter_name_or_path of train_ist.py, --adapter of ist.evaluate)."
     )
 
 
@@ -96,12 +99,24 @@ def adapter_digest(folder: str | Path | None, key: str = "--adapter") -> str | N
     return hashlib.sha256((json.dumps(listed, sort_keys=True) + weights).encode()).hexdigest()[:16]
 
 
-def require_schedule(args: Arguments, peft_config: PeftConfig | None) -> None:
-    """For a run that goes on for more steps than it had.
+def base_notes(args: Arguments) -> list[str]:
+    """A line where an adapter to go on from names another base model; a folder may have another name here."""
+    if not args.adapter_name_or_path:
+        return []
+    base = read_object(adapter_folder(args.adapter_name_or_path) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or Path(base).name.lower() == Path(args.model_name_or_path).name.lower():
+        return []
+    return [f"{args.adapter_name_or_path} was trained on {base}, and goes on here on {args.model_name_or_path}"]
+
+
+def require_schedule(args: Arguments, peft_config: PeftConfig | None, before: int | None, max_steps: int) -> None:
+    """For a run that goes on, of `before` steps until then.
 
     Raises:
-        UsageError: its method was scheduled over these.
+        UsageError: it has more steps now, and its method was scheduled over those.
     """
+    if before == max_steps:
+        return
     if args.selection == "id3" and not args.id3_steps:
         raise UsageError("--max_steps: id3 was scheduled over the run's steps; a run with --id3_steps can go on.")
     if isinstance(peft_config, AdaLoraConfig):

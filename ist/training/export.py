@@ -163,13 +163,18 @@ def write_card(folder: Path, run: dict[str, Any], base: str, location: str, kind
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+def _dataset(configuration: dict[str, Any]) -> str:
+    name = str(configuration.get("dataset_name"))
+    return Path(name).name if Path(name).exists() else name
+
+
 def _facts(run: dict[str, Any]) -> dict[str, Any]:
     """What a card says of a run, by name; files by their name alone, as a path says nothing elsewhere."""
     configuration = run["configuration"]
     files = [Path(file).name for file in configuration.get("train_file") or ()]
     rows = f"{configuration['train_rows']:,} rows, {configuration['train_tokens']:,} tokens"
     found = {
-        "rows": f"{', '.join(files) or configuration.get('dataset_name')} ({rows})",
+        "rows": f"{', '.join(files) or _dataset(configuration)} ({rows})",
         "prompt template": configuration["prompt_template"],
         "selection": configuration["selection"],
         "steps": f"{run['steps']} of {configuration['global_batch_size']} rows",

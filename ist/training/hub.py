@@ -1,6 +1,7 @@
 """A finished run's adapter or model on the Hub: without a path of this machine in it."""
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -21,9 +22,7 @@ def require_hub(args: Arguments) -> None:
     Raises:
         UsageError: no login, or a base model that only this machine has and no name of it on the Hub.
     """
-    if not args.push_to_hub:
-        return
-    if args.peft_method != "none" and Path(args.model_name_or_path).exists() and not args.hub_base_model:
+    if Path(args.model_name_or_path).exists() and not args.hub_base_model:
         raise UsageError(
             f"--push_to_hub true: the base model is a folder here ({args.model_name_or_path}); --hub_base_model is its "
             "name on the Hub."
@@ -36,36 +35,32 @@ def require_hub(args: Arguments) -> None:
         ) from error
 
 
-def push(output_dir: Path, run: dict[str, Any], args: Arguments) -> str | None:
-    """The address of what was pushed; None where that failed, which one line on stderr says: it costs no run.
+def push(output_dir: Path, args: Arguments) -> None:
+    """Push the result of a finished run, unless it was; run.json gets its address.
 
-    Args:
-        run: what run.json holds.
+    Where that fails, one line on stderr says so: it costs no run.
     """
+    run = read_object(output_dir / RUN)
     result = output_dir / ("model" if run["configuration"]["peft_method"] == "none" else "adapter")
+    name = args.hub_model_id or re.sub(r"[^\w.-]+", "-", output_dir.absolute().name).strip("-.") or "ist"
+    if str(run.get("hub") or "").rstrip("/").endswith(f"/{name}"):
+        print(f"It is on the Hub: {run['hub']}.")
+        return
     try:
         with tempfile.TemporaryDirectory() as folder:
-            api = HfApi()
-            private = args.hub_private_repo is not False
-            url = api.create_repo(args.hub_model_id or output_dir.name, private=private, exist_ok=True)
+            api, private = HfApi(), args.hub_private_repo is not False
+            url = api.create_repo(name, private=private, exist_ok=True)
+            if private and not api.repo_info(url.repo_id).private:
+                raise ValueError(f"{url.repo_id} is there and public; --hub_private_repo false pushes to it")
             stage(result, Path(folder) / result.name, run, args.hub_base_model, url.repo_id)
             api.upload_folder(
                 repo_id=url.repo_id, folder_path=Path(folder) / result.name, commit_message="Importance-aware tuning"
             )
-        return str(url)
+        write_json(output_dir / RUN, {**run, "hub": str(url)})
+        print(f"pushed to {url}")
     except Exception as error:  # whatever the Hub or the network says
-        again = "the same command with --resume_from_checkpoint auto tries again"
+        again = f"the same command with --output_dir {output_dir} --resume_from_checkpoint auto tries again"
         print(f"{result} is not pushed ({brief(error)}); {again}.", file=sys.stderr, flush=True)
-        return None
-
-
-def push_again(output_dir: Path, args: Arguments) -> None:
-    """Push the result of a finished run, where that failed or was not asked for before."""
-    run = read_object(output_dir / RUN)
-    if run.get("hub"):
-        print(f"It is on the Hub: {run['hub']}.")
-    elif address := push(output_dir, run, args):
-        write_json(output_dir / RUN, {**run, "hub": address})
 
 
 def stage(result: Path, folder: Path, run: dict[str, Any], base: str | None, repo_id: str) -> None:
@@ -77,6 +72,8 @@ def stage(result: Path, folder: Path, run: dict[str, Any], base: str | None, rep
     shutil.copytree(result, folder)
     name = run["configuration"]["model_name_or_path"]
     base = base or name
+    if Path(base).exists():
+        raise ValueError(f"the base model {base} is a folder of this machine; --hub_base_model is its name on the Hub")
     kind = ""
     for file in (folder / "adapter_config.json", folder / "config.json", folder / "tokenizer_config.json"):
         if not file.exists():

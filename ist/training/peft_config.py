@@ -48,6 +48,8 @@ def _read_peft_config(args: Arguments, total_steps: int) -> PeftConfig:
         raise UsageError(f"{key}: peft_type must be one of {known}; got {values.get('peft_type')}.") from error
     # As adapter_config.json has them, for an adapter that was saved: neither is meant here.
     values |= {"task_type": "CAUSAL_LM", "inference_mode": False, "base_model_name_or_path": None}
+    if args.adapter_name_or_path and values.get("init_lora_weights") == "eva":
+        values["init_lora_weights"] = True  # its weights are in the file
     unknown = values.keys() - {field.name for field in fields(config_class)}
     if unknown:
         raise UsageError(f"{key}: {config_class.__name__} has no {', '.join(sorted(unknown))}.")

@@ -157,8 +157,11 @@ def require_writable(output_dir: Path) -> None:
         raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
 
 
-def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool:
+def is_finished_run(output_dir: Path, configuration: dict, resume: bool, checkpoint: bool = True) -> bool:
     """Whether the run in `output_dir` is this one and finished.
+
+    Args:
+        checkpoint: a whole one was found to go on from.
 
     Raises:
         UsageError: it is another one, or it can go on but was not asked to.
@@ -188,10 +191,10 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool) -> bool
     steps = total_steps(run["configuration"]), total_steps(configuration)
     if None in steps or steps[1] <= steps[0]:
         return True
-    if not checkpoint_steps(output_dir):
+    if not checkpoint:
         raise UsageError(
-            f"--output_dir {output_dir} holds a run finished after {steps[0]} steps, without a checkpoint to go on "
-            f"from (--save_steps writes them). Begin from its {result.name}/ in another folder."
+            f"--output_dir {output_dir} holds a run finished after {steps[0]} steps, without a whole checkpoint to go "
+            f"on from (--save_steps writes them). Begin from its {result.name}/ in another folder."
         )
     return False
 
@@ -264,7 +267,7 @@ class RunRecord:
         if self._lost:  # lines that W&B had not written yet are lost with a killed process, offline all of them
             lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
             for line in sorted(lines, key=lambda line: line["step"]):
-                self.trackers.log(tracked_values(line), line["step"])
+                self.trackers.log(tracked_values(line), line["step"], only="wandb")
 
     def _rewind(self, step: int) -> None:
         """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""

@@ -94,9 +94,9 @@ class Trackers:
             print(f"{tracker.name} has failed ({brief(error)}); {self.place} has everything.", file=sys.stderr)
             self.accelerator.trackers = [one for one in self.accelerator.trackers if one is not tracker]
 
-    def log(self, values: Mapping[str, Any], step: int) -> None:
+    def log(self, values: Mapping[str, Any], step: int, only: str | None = None) -> None:
         if self.accelerator.is_main_process:
-            for tracker in list(self.accelerator.trackers):
+            for tracker in [one for one in self.accelerator.trackers if only in (None, one.name)]:
                 self.call(tracker, tracker.log, dict(values), step=step)
 
     def image(self, name: str, image: Callable[[], np.ndarray], step: int) -> None:
@@ -106,6 +106,12 @@ class Trackers:
                 batched = tracker.name == "tensorboard"
                 values = {name: image()[None] if batched else image()}
                 self.call(tracker, tracker.log_images, _as_taken(tracker.name, values), step=step, **_LAYOUT[batched])
+
+    def finish(self) -> None:
+        """End them all; what one of them says is no error of the run."""
+        for tracker in list(self.accelerator.trackers):
+            self.call(tracker, tracker.finish)
+        self.accelerator.trackers = []
 
     def wandb(self) -> tuple[Any, Any]:
         """(W&B's tracker, its run) on the main process, where that is one; else (None, None)."""

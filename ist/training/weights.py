@@ -110,6 +110,10 @@ def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
         raise
     except Exception as error:  # each format raises its own errors, and all are about these files
         raise UsageError(f"{name} cannot be loaded: {brief(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(
+            f"{name} holds an adapter beside its weights, which was loaded with them: remove it from there."
+        )
     if missing := [*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])]:
         raise UsageError(
             f"{name} lacks {len(missing)} weights of its model ({_listing(missing)}), which would be random: complete "

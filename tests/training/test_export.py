@@ -107,8 +107,11 @@ class FakeHub:
         self.private = private
         return Address(repo_id=f"me/{name}")
 
+    def repo_info(self, repo_id):
+        return SimpleNamespace(private=self.private and self.broken != "public")
+
     def upload_folder(self, repo_id, folder_path, commit_message):
-        if self.broken:
+        if self.broken == "network":
             raise ConnectionError("no network")
         shutil.copytree(folder_path, self.folder, dirs_exist_ok=True)
 
@@ -139,14 +142,17 @@ def test_what_is_pushed_holds_no_path_of_this_machine(train, tmp_path, tiny, mon
 
 
 def test_a_push_that_fails_costs_no_run(train, tmp_path, monkeypatch, capsys):
-    fake = FakeHub(tmp_path / "hub", broken=True)
+    fake = FakeHub(tmp_path / "hub", broken="network")
     monkeypatch.setattr(hub, "HfApi", fake)
     options = {"max_steps": 2, "push_to_hub": True, "hub_base_model": "org/base", "hub_private_repo": False}
     assert train(**options) == 0
     assert fake.private is False
-    said = "is not pushed (no network); the same command with --resume_from_checkpoint auto tries again"
+    said = f"is not pushed (no network); the same command with --output_dir {tmp_path / 'run'} --resume_from"
     assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+    fake.broken = "public"
+    assert train(resume_from_checkpoint="auto", **options | {"hub_private_repo": None}) == 0
+    assert "me/run is there and public; --hub_private_repo false pushes to it" in capsys.readouterr().err
     fake.broken = False
     assert train(resume_from_checkpoint="auto", **options) == 0
     assert json.loads((tmp_path / "run/run.json").read_text())["hub"] == "https://hub/me/run"

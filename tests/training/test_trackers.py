@@ -103,3 +103,13 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(train, tmp_path, 
 def test_trackers_that_are_none(train, report_to, message):
     with pytest.raises(UsageError, match=message):
         train(report_to=report_to)
+
+
+def test_a_tracker_that_cannot_end_costs_no_run(train, tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(tracking.TensorBoardTracker, "finish", fail)
+    assert train(report_to="tensorboard", max_steps=2) == 0
+    assert f"tensorboard has failed (gone); {tmp_path / 'run'} has everything." in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
