@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,17 @@ def resumed(bench: Bench, run: Path) -> dict:
 
 def begun(bench: Bench, run: Path, **options) -> subprocess.Popen:
     """A run that has logged three steps, and is held by SIGSTOP until it gets SIGCONT."""
+    for _ in range(4):
+        process = _held(bench, run, **options)
+        if len(read_lines(run / "metrics.jsonl")) < STEPS // 2:
+            return process
+        process.send_signal(signal.SIGCONT)  # it was faster than its observer, who had to wait for a core
+        process.communicate()
+        shutil.rmtree(run)
+    raise AssertionError("the run was faster than its observer, four times")
+
+
+def _held(bench: Bench, run: Path, **options) -> subprocess.Popen:
     process = subprocess.Popen(
         bench.command(run, **options),
         env=bench.environment(),
@@ -157,7 +169,6 @@ def begun(bench: Bench, run: Path, **options) -> subprocess.Popen:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.001)
     process.send_signal(signal.SIGSTOP)
-    assert len(read_lines(run / "metrics.jsonl")) < STEPS, "the run was faster than its observer"
     return process
 
 
