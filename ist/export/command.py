@@ -16,7 +16,7 @@ import ist.adapters  # noqa: F401  its methods become known to PEFT
 from ist.evaluate.scorer import adapter_config
 from ist.training.command_line import PlainParser, UsageError, brief, command
 from ist.training.encoding import load_tokenizer
-from ist.training.export import add_stops, write_card
+from ist.training.export import add_stops, save_tokenizer, write_card
 from ist.training.files import model_digest, publishing
 from ist.training.model import auto_class
 from ist.training.record import read_run
@@ -108,6 +108,6 @@ def _save(
     temporary = merged.parent / f".saving-{merged.name}"
     with publishing(temporary, merged):
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
         if run:
             write_card(temporary, run, base, str(merged.absolute()), type(model).__name__)

@@ -1,6 +1,8 @@
 """The result of a run: an adapter as stock PEFT writes it, or a model as stock transformers does."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def save_adapter(job: Job, model: PeftModel, adapter: dict[str, Tensor], run: di
     config.base_model_name_or_path = base_name(job.args.model_name_or_path)
     with publishing(temporary, final):
         model.save_pretrained(temporary, state_dict=whole)
-        _tokenizer(job).save_pretrained(temporary)
+        save_tokenizer(_tokenizer(job), temporary)
         _draw(temporary, job.output_dir, run)
         write_card(temporary, run, config.base_model_name_or_path, str(final.absolute()), config.peft_type.value)
     return final
@@ -89,7 +91,7 @@ def save_model(job: Job, model: PreTrainedModel, run: dict[str, Any], write: boo
         config = AutoConfig.from_pretrained(temporary, trust_remote_code=args.trust_remote_code)
         config.dtype = torch.float32
         config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
         _draw(temporary, job.output_dir, run)
         write_card(temporary, run, base_name(args.model_name_or_path), str(final.absolute()), name)
     return final
@@ -120,6 +122,16 @@ def _tokenizer(job: Job) -> PreTrainedTokenizerBase:
     args = job.args
     options = {"chat_template": args.chat_template, "trust_remote_code": args.trust_remote_code}
     return load_tokenizer("model_name_or_path", args.model_name_or_path, **options)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Into a folder of any name: tokenizers takes only paths that are text in this locale's encoding."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as other:
+            tokenizer.save_pretrained(other)
+            shutil.copytree(other, folder, dirs_exist_ok=True)
 
 
 def _draw(folder: Path, output_dir: Path, run: dict[str, Any]) -> None:
