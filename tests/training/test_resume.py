@@ -351,7 +351,7 @@ def test_a_run_goes_on_with_the_same_rows_and_weights_alone(train, tiny, rows, t
     with pytest.raises(UsageError, match=f"another run's results: {named}. Choose"):
         train(**options)
     cut_after(2, tmp_path / "run", tmp_path / "cut")
-    with pytest.raises(UsageError, match=f"is of another configuration: {named}"):
+    with pytest.raises(UsageError, match=f"another run's results: {named}. Choose"):
         train(**options | {"output_dir": tmp_path / "cut"})
 
 
