@@ -183,7 +183,7 @@ def run_bare(args: Arguments, model: PeftModel, rows: Dataset, pad: int, lockste
         (batch,) = micro_batches(rows, stream.rows(step), args.per_device_train_batch_size, 0, 1, pad)
         batch = {key: tensor.to(device) for key, tensor in batch.items()}
         labels = nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)  # logits[:, :-1] would be a copy
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(args.bf16)):
             logits = model(**batch, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
@@ -204,7 +204,7 @@ def run_trainer(args: Arguments, model: PeftModel, rows: Dataset, pad: int, lock
             per_device_train_batch_size=args.per_device_train_batch_size,
             max_steps=args.max_steps,
             learning_rate=args.learning_rate,
-            bf16=args.bf16,
+            bf16=bool(args.bf16),
             seed=args.seed,
             report_to=[],
             save_strategy="no",

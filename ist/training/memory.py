@@ -167,7 +167,7 @@ class StepCounter:
         self.max_grad_norm = args.max_grad_norm or math.inf
         self.layers = LayerMap(model, args.layer_stack)
         self.outside = [model.get_parameter(name) for name in self.layers.outside]
-        self.autocast = partial(torch.autocast, batch["labels"].device.type, torch.bfloat16, enabled=args.bf16)
+        self.autocast = partial(torch.autocast, batch["labels"].device.type, torch.bfloat16, enabled=bool(args.bf16))
         self.weights = storage_bytes(weight_tensors(model))
         self.trainable = parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = None
