@@ -187,6 +187,7 @@ def test_wandb_gets_scores_and_probes(reference, tiny, tmp_path, monkeypatch):
     rows, _, updates = reference
     for key, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(key, value)
+    wandb.teardown()  # of a test before this one, which may have asked for a login
     logged, log = [], wandb.Run.log
     monkeypatch.setattr(wandb.Run, "log", lambda run, values, **kwargs: logged.append(values) or log(run, values))
     trainer = make(Trainer, tmp_path / "hf", tiny, rows, report_to=["wandb"])

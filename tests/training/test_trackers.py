@@ -15,6 +15,12 @@ from ist.training import trackers
 from ist.training.command_line import UsageError
 
 
+@pytest.fixture(autouse=True)
+def fresh_wandb():
+    """A test before this one may have asked for a login, which W&B remembers."""
+    wandb.teardown()
+
+
 def test_a_tracker_that_cannot_start(train, tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     monkeypatch.setenv("WANDB_MODE", "offline")
