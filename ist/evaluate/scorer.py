@@ -39,9 +39,7 @@ class Scorer:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
         self.special = args.prompt_template != "chat"  # a chat template writes its own
-        own = model.generation_config.eos_token_id
-        own = own if isinstance(own, list) else [] if own is None else [own]
-        self.stops = sorted({*own, *stop_ids(tokenizer, args.prompt_template or "alpaca")})
+        self.stops = stop_ids(tokenizer, args.prompt_template or "alpaca", model.generation_config)
 
     @torch.inference_mode()
     def generate(self, prompts: list[str], max_new_tokens: int) -> list[str]:

@@ -125,7 +125,7 @@ class ChatTemplate:
             role = turn["role"]
             if role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", self._template):
                 raise UsageError(
-                    f"has the role {role} in turn {i}, which is not one of the chat template: rename it to user, "
+                    f"has the role {role} in turn {i}, which the chat template does not name: rename it to user, "
                     "assistant, system or tool"
                 )
 

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ist.training.checkpoint import gathered
 from ist.training.encoding import Encoder, load_tokenizer
@@ -97,9 +97,13 @@ def save_model(job: Job, model: PreTrainedModel, run: dict[str, Any], write: boo
     return final
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """The tokens that end an answer: EOS, and where rows are chats what the chat template ends a turn with."""
-    stops = [tokenizer.eos_token_id]
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, template: str, generation: GenerationConfig | None = None
+) -> list[int]:
+    """The tokens that end an answer: EOS of the tokenizer and of the model's generation configuration, and where rows
+    are chats what the chat template ends a turn with."""
+    own = generation.eos_token_id if generation else None
+    stops = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     if template == "chat":
         chat = Encoder(template, tokenizer, 2, False).chat
         stops += [tokenizer.convert_tokens_to_ids(stop) for stop in sorted(chat.stops)] if chat else []
@@ -111,10 +115,9 @@ def add_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templa
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
-    before = generation.eos_token_id
-    known = before if isinstance(before, list) else [] if before is None else [before]
-    if missing := [stop for stop in stop_ids(tokenizer, template) if stop not in known]:
-        generation.eos_token_id = [*known, *missing]
+    stops = stop_ids(tokenizer, template, generation)
+    if len(stops) > 1 or generation.eos_token_id is None:
+        generation.eos_token_id = stops or None
 
 
 def _tokenizer(job: Job) -> PreTrainedTokenizerBase:

@@ -103,9 +103,10 @@ class Trackers:
         """uint8 [H, W, 3], made where a tracker takes images: TensorBoard, W&B, Aim, ClearML, SwanLab."""
         if self.accelerator.is_main_process:
             for tracker in [one for one in self.accelerator.trackers if hasattr(one, "log_images")]:
-                batched = tracker.name == "tensorboard"
+                batched = tracker.name in ("tensorboard", "wandb", "swanlab")
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 values = {name: image()[None] if batched else image()}
-                self.call(tracker, tracker.log_images, _as_taken(tracker.name, values), step=step, **_LAYOUT[batched])
+                self.call(tracker, tracker.log_images, values, step=step, **layout)
 
     def finish(self) -> None:
         """End them all; what one of them says is no error of the run."""
@@ -119,14 +120,6 @@ class Trackers:
             if tracker.name == "wandb":
                 return tracker, getattr(tracker, "run", None)  # one whose start failed has no run
         return None, None
-
-
-_LAYOUT: tuple[dict[str, str], dict[str, str]] = ({}, {"dataformats": "NHWC"})
-
-
-def _as_taken(name: str, values: dict[str, np.ndarray]) -> dict[str, Any]:
-    """W&B and SwanLab take a list of images under a name."""
-    return {key: [image] for key, image in values.items()} if name in ("wandb", "swanlab") else dict(values)
 
 
 def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, float]:

@@ -307,7 +307,7 @@ def test_older_names_of_calls_and_roles(tokenizer):
     named = [{"role": "Prompter", "content": "1?"}, {"role": "ChatGPT", "content": "2"}]
     assert learnt(tokenizer, {"messages": named}) == ["2</s>"]
     with pytest.raises(
-        UsageError, match="has the role critic in turn 2, which is not one of the chat template: rename"
+        UsageError, match="has the role critic in turn 2, which the chat template does not name: rename"
     ):
         encode({"messages": [USER, ANSWER, {"role": "critic", "content": "No."}]}, "chat", tokenizer, 4096, True)
     with pytest.raises(UsageError, match=r"no assistant turn with content \(roles: user, critic\)"):
