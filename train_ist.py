@@ -32,26 +32,28 @@ from ist.config import ConfigError, ISTConfig
 from ist.distributed import StopAgreement, from_main, in_turns, reduce_in_float32, require_launcher, require_topology
 from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
 from ist.training.arguments import looks_only, parse_training_arguments, resolve_batches, resolve_output_dir
-from ist.training.checkpoint import Checkpoints, Progress, WholeAdapter, find_checkpoint, last_checkpoint
+from ist.training.checkpoint import find_checkpoint, last_checkpoint
+from ist.training.checkpoints import Checkpoints, Progress, WholeAdapter
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
 from ist.training.continuing import adapter_folder, base_notes, earlier_scores, require_schedule
 from ist.training.data import content_digests, prepare_data, shown_rows
+from ist.training.environment import environment
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
 from ist.training.files import WriteError, json_digest
 from ist.training.folder import held_folder
 from ist.training.hub import push, require_hub
 from ist.training.job import Job
-from ist.training.model import ModelPlan, make_scheduler, plan_layers, prepare, require_fitting
+from ist.training.model import ModelPlan, plan_layers, require_fitting
 from ist.training.monitor import Monitor
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
 from ist.training.peft_config import as_json, config_key, make_peft_config
 from ist.training.plan import plan_run
+from ist.training.prepare import make_scheduler, prepare
 from ist.training.record import (
     RunRecord,
     differing_keys,
-    environment,
     is_finished_run,
     require_writable,
     total_steps,
@@ -221,8 +223,8 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
     monitor.begin(progress, semantic)
 
     # ---- The loop.
-    stop_agreed, clock = StopAgreement(timedelta(seconds=args.ddp_timeout)), StepClock()
-    while progress.step < max_steps and not stop_agreed(stop.signal is not None):
+    stop_agreed, clock = StopAgreement(accelerator.device), StepClock()
+    while progress.step < max_steps and not stop_agreed(progress.step, stop.signal is not None):
         clock.start()
         step = progress.step
         # 1. Draw this step's layers, after the importance update where one is due.
@@ -256,7 +258,6 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
         # 5. Log, validate, save.
         progress.advance(batch.tokens)
         monitor.after_step(progress, loss, grad_norm, values, batch.tokens, clock)
-    stop_agreed.close()
 
     # ---- Finish.
     return finish(job, monitor, progress, stop)

@@ -56,12 +56,18 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
     """
     kind = accelerator.distributed_type
     sizes = vars(accelerator.parallelism_config) if accelerator.parallelism_config else {}
-    for name in ("cp_size", "tp_size", "sp_size", "dp_replicate_size"):
+    for name in ("cp_size", "tp_size", "sp_size"):
         if (sizes.get(name) or 1) > 1:
             raise ConfigError(
                 f"{name} {sizes[name]} of the launcher's parallelism is not supported: leave it out, and launch with "
                 "accelerate_configs/fsdp2.yaml or accelerate_configs/ddp.yaml."
             )
+    replicas = sizes.get("dp_replicate_size") or 1
+    if replicas > 1 and kind != DistributedType.FSDP:
+        raise ConfigError(
+            f"dp_replicate_size {replicas} of the launcher's parallelism is for FSDP: launch with "
+            "accelerate_configs/hsdp.yaml (replicas of shards) or accelerate_configs/ddp.yaml."
+        )
     if kind == DistributedType.FSDP:
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             raise ConfigError("fsdp_offload_params is not supported: set it to false, or use `load_in_4bit=true`.")
@@ -123,18 +129,34 @@ def broadcast_from_main(tensors: Iterable[Tensor], device: torch.device) -> None
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
-    """The sum of all bits of replicated tensors, read as integers: another one for replicas that have parted.
-
-    Shards of a DTensor are no replicas, and left out.
-    """
+    """The sum of all bits of tensors, read as integers: another one for replicas that have parted."""
     total: Tensor | None = None
     for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            continue
         flat = _bytes(tensor)
         part = (flat.view(torch.int32) if flat.numel() % 4 == 0 else flat).sum(dtype=torch.int64)
         total = part if total is None else total + part
     return "none" if total is None else f"{total.item():x}"
+
+
+def require_equal_replicas(subject: str, tensors: Iterable[Tensor]) -> str:
+    """Compare what several ranks hold of the same: whole tensors, and under HSDP the shards of each replica.
+
+    Returns:
+        A checksum of all of it, the same on every rank.
+
+    Raises:
+        RuntimeError: on every rank, naming each rank's checksum.
+    """
+    tensors = list(tensors)
+    mesh = next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
+    part = 0 if mesh is None else mesh.get_local_rank(mesh.ndim - 1)  # of the shards; replicas are the first dimension
+    whole = checksum(tensor for tensor in tensors if not isinstance(tensor, DTensor))
+    ranks = of_all_ranks((part, whole, checksum(map(local_tensor, tensors))))
+    parts = {part: {local for other, _, local in ranks if other == part} for part, _, _ in ranks}
+    if len({whole for _, whole, _ in ranks}) > 1 or any(len(sums) > 1 for sums in parts.values()):
+        listing = ", ".join(f"rank {rank}: {local}" for rank, (_, _, local) in enumerate(ranks))
+        raise RuntimeError(f"ranks disagree on {subject} ({listing}). Stopped before it was used.")
+    return hashlib.sha256(" ".join(parts[part].pop() for part in sorted(parts)).encode()).hexdigest()[:16]
 
 
 def is_first_to_say(text: str) -> bool:
@@ -214,6 +236,24 @@ def reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """Each rank's `value`, by rank, on every rank."""
+    if not _active():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest of the ranks' values, on every rank."""
+    if not _active():
+        return value
+    values = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.item()
+
+
 def require_agreement(subject: str, digest: str) -> None:
     """Compare a digest across ranks before it is acted on.
 
@@ -222,10 +262,7 @@ def require_agreement(subject: str, digest: str) -> None:
     Raises:
         RuntimeError: on every rank, naming each rank's digest.
     """
-    if not _active():
-        return
-    digests = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    digests = of_all_ranks(digest)
     if len(set(digests)) > 1:
         listing = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(digests))
         raise RuntimeError(f"ranks disagree on {subject} ({listing}). Stopped before it was used.")
@@ -233,42 +270,42 @@ def require_agreement(subject: str, digest: str) -> None:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank, the same answer on every rank."""
-    if not _active():
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+    return bool(largest(float(flag), device))
 
 
 class StopAgreement:
-    """Whether a flag was set on any rank at the call before: the same answer on every rank, without waiting for it.
+    """The step before which all ranks stop once any was told to, the same for all; without connections of its own.
 
-    The flag travels while the step is computed, between CPUs, so that no GPU has to finish its work for it.
+    A rank that is told at the start of step s writes s + 2 into the process group's store, where every rank looks
+    before each step. All see it in time: no rank ends the collectives of step s + 1, and begins step s + 2, before
+    every rank has begun step s + 1.
 
     Args:
-        timeout: how long a rank waits for the others; None: torch's own.
+        device: of the steps. A GPU works behind its host, which waits here until the GPU has ended the last step but
+            one.
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if _active() else None
-        self._flag: Tensor | None = None
-        self._work: dist.Work | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._key = f"ist/{next(_numbers)}/stop"
+        self._device = device
+        self._started: Any = None  # event on a GPU: the step before this one has started there
+        self._told = False
 
-    def __call__(self, flag: bool) -> bool:
-        if self._group is None:
+    def __call__(self, step: int, flag: bool) -> bool:
+        """Whether to stop before `step`; `flag`: this rank was told to."""
+        if not _active():
             return flag
-        agreed = self.close()
-        self._flag = torch.tensor(float(flag))
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return agreed
-
-    def close(self) -> bool:
-        """Wait for the flag that is on its way; the answer."""
-        if self._work is None:
-            return False
-        self._work.wait()
-        self._work = None
-        return bool(self._flag)
+        if self._device.type != "cpu":
+            started = torch.get_device_module(self._device).Event()
+            started.record()
+            if self._started is not None:
+                self._started.synchronize()
+            self._started = started
+        store = _store()
+        if flag and not self._told:
+            store.compare_set(self._key, "", str(step + 2))  # of several ranks, the first
+            self._told = True
+        return store.check([self._key]) and step >= int(store.get(self._key))
 
 
 def all_finite(parameters: Iterable[Tensor], device: torch.device) -> bool:
@@ -359,6 +396,19 @@ def like(whole: Tensor, tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
     return whole.to(tensor.device)
+
+
+def placed_from_main(
+    whole: Tensor | None, dtype: torch.dtype, shape: torch.Size, tensor: Tensor, device: torch.device
+) -> Tensor:
+    """The main process's `whole` (None on the others), on every rank sharded and placed as `tensor` is.
+
+    A rank holds the whole of it on `device` for this call.
+    """
+    here = torch.empty(shape, dtype=dtype, device=device) if whole is None else whole.to(device, copy=True)
+    if not isinstance(tensor, DTensor):  # whose shards come from the mesh's first rank anyway, the main process
+        broadcast_from_main([here], device)
+    return like(here, tensor)
 
 
 class CollectiveCounter:

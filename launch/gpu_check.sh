@@ -3,11 +3,18 @@
 # Prints of each the peak memory that --plan predicts, then its peak memory and tokens per second.
 #
 #   launch/gpu_check.sh [DIR]      DIR (default runs/gpu_check) gets 13.5 GB of weights and the two runs
+#   launch/gpu_check.sh --parity   two or more GPUs, two minutes: DDP = FSDP2 = one process (HSDP from four GPUs on), a
+#                                  resume and a killed rank, on a tiny model
 #
 # HIDDEN, LAYERS, VOCABULARY and LENGTH make it smaller; KINDS=ddp ACCELERATE_USE_CPU=true is a trial without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case ${1:-} in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+if [ "${1:-}" = --parity ]; then
+  launch/setup.sh
+  shift
+  exec .venv/bin/python -m ist.benchmark parity "$@"
+fi
 dir=${1:-runs/gpu_check}
 launch/setup.sh --model # for its tokenizer
 export HF_HUB_OFFLINE=1 HIDDEN=${HIDDEN:-4096} LAYERS=${LAYERS:-32} VOCABULARY=${VOCABULARY:-49152} LENGTH=${LENGTH:-1024}

@@ -55,7 +55,11 @@ say() { printf '== %s job %s: %s\n' "$(date '+%F %T')" "$job" "$*"; }
 # launch ARGUMENTS: `accelerate launch ARGUMENTS` on every node, in the background; `wait_for_step` waits for it.
 launch() {
   [ -f "accelerate_configs/$accelerate_config.yaml" ] || refuse "no accelerate_configs/$accelerate_config.yaml"
-  local first port=$((20000 + SLURM_JOB_ID % 10000)) rendezvous=()
+  local first port=$((20000 + SLURM_JOB_ID % 10000)) rendezvous=() replicas=()
+  if [[ $accelerate_config == *hsdp ]]; then # a replica of the model on each node
+    replicas=(--parallelism_config_dp_replicate_size "$SLURM_JOB_NUM_NODES"
+      --parallelism_config_dp_shard_size $((processes / SLURM_JOB_NUM_NODES)))
+  fi
   if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     first=$(scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     # c10d numbers the nodes itself. With --machine_rank 0 accelerate would refuse a port that another launcher of the
@@ -66,7 +70,7 @@ launch() {
   srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 --wait=60 \
     "$python" launch/block_signals.py TERM,USR1,USR2 -m accelerate.commands.launch --config_file "accelerate_configs/$accelerate_config.yaml" \
     --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$processes" --main_process_port "$port" \
-    "${rendezvous[@]}" "$@" &
+    "${replicas[@]}" "${rendezvous[@]}" "$@" &
   step=$!
 }
 

@@ -111,3 +111,25 @@ def topologies(work) -> dict[str, dict]:
     from support import rules
 
     return {topology: rules.launch(topology, work) for topology in ("one", "ddp", "fsdp2")}
+
+
+@pytest.fixture
+def two_hosts():
+    """Commands that run something on either of two hosts, and the first one's address: network namespaces with a
+    cable between them; where those are refused, two agents on loopback."""
+    names = [f"ist{os.getpid()}{side}" for side in "ab"]
+    setup = [f"ip netns add {name}" for name in names]
+    setup += [f"ip link add veth{os.getpid()} netns {names[0]} type veth peer name veth1 netns {names[1]}"]
+    setup += [f"ip -n {names[0]} link set veth{os.getpid()} name veth1"]
+    for i, name in enumerate(names):
+        setup += [f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev veth1", f"ip -n {name} link set veth1 up"]
+        setup += [f"ip -n {name} link set lo up"]
+    try:
+        for line in setup:
+            subprocess.run(line.split(), check=True, capture_output=True)
+        yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1", "veth1"
+    except (OSError, subprocess.CalledProcessError):
+        yield [[], []], "127.0.0.1", "lo"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -20,8 +20,8 @@ from ist.distributed import require_topology
 from ist.training.command_line import UsageError
 
 STEPS = 30
-CONFIGS = {"one": "single.yaml", "ddp": "ddp.yaml", "fsdp": "fsdp2.yaml"}
-ROWS = {"one": 4, "ddp": 2, "fsdp": 2}  # per rank, for the same global batch of 4
+CONFIGS = {"one": "single.yaml", "ddp": "ddp.yaml", "fsdp": "fsdp2.yaml", "hsdp": "hsdp.yaml"}
+ROWS = {"one": 4, "ddp": 2, "fsdp": 2, "hsdp": 1}  # per rank, for the same global batch of 4
 
 
 two_gpus = [
@@ -70,12 +70,15 @@ def flags_of(tiny: Path, train_file: Path, run: Path, rows: int, **overrides) ->
 
 @pytest.fixture(scope="session")
 def runs(tiny, train_file, tmp_path_factory, device) -> dict[str, Path]:
-    """The same 30 steps, and a checkpoint every third of them, on each topology; two micro-batches on two ranks."""
+    """The same 30 steps, and a checkpoint every third of them, on each topology; two micro-batches on two ranks.
+
+    HSDP is on four: two replicas of two shards.
+    """
     folders = {}
     for name, config in CONFIGS.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        sizes = (4, 1) if name == "one" else (1, 2)
-        flags = flags_of(tiny, train_file, folders[name] / "run", sizes[0], gradient_accumulation_steps=sizes[1])
+        rows, accumulation = {"one": (4, 1), "hsdp": (1, 1)}.get(name, (1, 2))
+        flags = flags_of(tiny, train_file, folders[name] / "run", rows, gradient_accumulation_steps=accumulation)
         result = launch(config, flags, folders[name], device=device)
         assert result.returncode == 0, result.stderr[-3000:]
     return folders
@@ -113,42 +116,65 @@ def assert_same_course(run: Path, reference: Path, after: int = 0) -> None:
 
 
 def test_each_launch_has_its_topology(runs):
-    expected = {"one": ("NO", 1), "ddp": ("MULTI_CPU", 2), "fsdp": ("FSDP", 2)}
-    for name, (kind, world_size) in expected.items():
+    expected = {
+        "one": ("NO", 1, [1, 1]),
+        "ddp": ("MULTI_CPU", 2, [2, 1]),
+        "fsdp": ("FSDP", 2, [1, 2]),
+        "hsdp": ("FSDP", 4, [2, 2]),
+    }
+    for name, (kind, world_size, mesh) in expected.items():
         record = json.loads((runs[name] / "run/run.json").read_text())
         assert record["distributed_type"] in (kind, kind.replace("CPU", "GPU"))
         assert record["world_size"] == world_size == len(spied(runs[name]))
-        for seen in spied(runs[name]):
-            assert seen["all_dtensors"] == (name == "fsdp")
+        topology = record["topology"]
+        assert [topology["replicas"], topology["shards"]] == mesh
+        assert [node["ranks"] for node in record["nodes"]] == [world_size]
+        assert record["nodes"][0]["versions"] == record["versions"]
+        for rank, seen in enumerate(spied(runs[name])):
+            assert seen["mesh"] == {"fsdp": [2], "hsdp": [2, 2]}.get(name)
+            assert seen["all_dtensors"] == (seen["mesh"] is not None)
+            assert seen["loaded"] == (rank == 0 or not seen["all_dtensors"])  # sharded, rank 0 alone reads the weights
+        if world_size > 1:
+            assert record["replica_checksum"]["step"] == STEPS
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one_process(runs, name):
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+def test_ranks_train_as_one_process(runs, name):
     assert_same_course(runs[name] / "run", runs["one"] / "run")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
 def test_ranks_hold_the_same_scores_bit_for_bit(runs, name):
-    first, second = spied(runs[name])
-    assert first["scores"] == second["scores"] != [0.0] * 4
-    assert first["trained_counts"] == second["trained_counts"]
+    first, *others = spied(runs[name])
+    for other in others:
+        assert first["scores"] == other["scores"] != [0.0] * 4
+        assert first["trained_counts"] == other["trained_counts"]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
 def test_gradients_of_trained_layers_travel_and_no_others(runs, name):
     adapter_bytes = 4 * adapter_of(runs[name] / "run").numel()
     for seen in spied(runs[name]):
         assert len(seen["travelled"]) == STEPS
         for step in seen["travelled"]:
-            (collective,) = step
-            assert collective.startswith({"ddp": "all_reduce", "fsdp": "reduce_scatter"}[name])
-            assert step[collective] == pytest.approx(adapter_bytes / 4, rel=0.05)
+            sums = [collective for collective in sorted(step) if collective.startswith("reduce_scatter")]
+            sums += ["all_reduce"] * (name != "fsdp")
+            assert sorted(step) == sorted(sums)
+            assert len(sums) == (2 if name == "hsdp" else 1)
+            # One layer of four. Of each, a rank sums its share over the replicas.
+            shares = {"all_reduce": 2 if name == "hsdp" else 1}
+            for collective in sums:
+                expected = adapter_bytes / 4 / shares.get(collective, 1)
+                assert step[collective] == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(
     # After 3 steps of one layer each some layer was never trained: it has no moments. 18 lies between two updates.
     ("source", "target", "step"),
-    [("fsdp", "one", 3), ("fsdp", "ddp", 18), ("one", "fsdp", 18), ("ddp", "fsdp", 3)],
+    [
+        *[("fsdp", "one", 3), ("fsdp", "ddp", 18), ("one", "fsdp", 18), ("ddp", "fsdp", 3)],
+        *[("hsdp", "ddp", 18), ("ddp", "hsdp", 18)],
+    ],
 )
 def test_resume_on_another_topology(runs, device, tiny, train_file, tmp_path, source, target, step):
     config, rows = CONFIGS[target], ROWS[target]
@@ -157,7 +183,7 @@ def test_resume_on_another_topology(runs, device, tiny, train_file, tmp_path, so
         assert 0 in json.loads((checkpoint / "checkpoint.json").read_text())["tuner"]["trained_counts"]
     options = {"resume_from_checkpoint": checkpoint, "save_steps": 100}
     flags = flags_of(tiny, train_file, tmp_path / "run", rows, **options)
-    result = launch(config, flags, tmp_path, device=device)
+    result = launch(config, flags, tmp_path, device=device, SPY_BLIND="1")
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = read_lines(tmp_path / "run/metrics.jsonl")
     whole = [line for line in read_lines(runs["one"] / "run/metrics.jsonl") if line["step"] > step]
@@ -221,10 +247,12 @@ def test_fsdp_reduces_gradients_in_float32(device, tiny, train_file, tmp_path):
         assert {name.split()[-1] for name in rank["dtypes"] if "reduce_scatter" in name} == {"torch.float32"}
 
 
-@pytest.mark.parametrize("key", ["cp_size", "tp_size", "dp_replicate_size"])
-def test_parallelism_of_the_launcher_is_refused(key):
+@pytest.mark.parametrize(
+    ("key", "why"), [("cp_size", "not supported"), ("tp_size", "not supported"), ("dp_replicate_size", "for FSDP")]
+)
+def test_parallelism_of_the_launcher_is_refused(key, why):
     accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{key: 2}), distributed_type=DistributedType.NO)
-    with pytest.raises(ConfigError, match=f"{key} 2 of the launcher's parallelism is not supported"):
+    with pytest.raises(ConfigError, match=f"{key} 2 of the launcher's parallelism is {why}"):
         require_topology(accelerator, "adamw_torch")
 
 
@@ -318,10 +346,11 @@ def test_qlora_on_two_ranks_trains_saves_and_resumes(device, tiny, train_file, t
 
 
 @pytest.mark.slow
-def test_rank_0_alone_loads_the_weights_and_layers_are_recomputed(runs, device, tiny, train_file, tmp_path):
+def test_every_rank_loads_the_weights_and_layers_are_recomputed(runs, device, tiny, train_file, tmp_path):
     flags = flags_of(tiny, train_file, tmp_path / "run", 2, gradient_checkpointing=True)
-    result = launch("fsdp2.yaml", flags, tmp_path, ("--fsdp_cpu_ram_efficient_loading", "true"), device)
+    result = launch("fsdp2.yaml", flags, tmp_path, ("--fsdp_cpu_ram_efficient_loading", "false"), device)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert all(seen["loaded"] for seen in spied(tmp_path))
     assert_same_course(tmp_path / "run", runs["fsdp"] / "run")
 
 
@@ -348,28 +377,6 @@ def test_deepspeed_is_refused(train, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UsageError, match=r"DeepSpeed cannot train.*accelerate_configs/fsdp2.yaml"):
         train()
-
-
-@pytest.fixture
-def two_hosts():
-    """Commands that run something on either of two hosts, and the first one's address: network namespaces with a
-    cable between them; where those are refused, two agents on loopback."""
-    names = [f"ist{os.getpid()}{side}" for side in "ab"]
-    setup = [f"ip netns add {name}" for name in names]
-    setup += [f"ip link add veth{os.getpid()} netns {names[0]} type veth peer name veth1 netns {names[1]}"]
-    setup += [f"ip -n {names[0]} link set veth{os.getpid()} name veth1"]
-    for i, name in enumerate(names):
-        setup += [f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev veth1", f"ip -n {name} link set veth1 up"]
-        setup += [f"ip -n {name} link set lo up"]
-    try:
-        for line in setup:
-            subprocess.run(line.split(), check=True, capture_output=True)
-        yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1", "veth1"
-    except (OSError, subprocess.CalledProcessError):
-        yield [[], []], "127.0.0.1", "lo"
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 @pytest.mark.slow

@@ -14,6 +14,10 @@ These train, on word problems made for it: `speed` runs arms in turn, step by st
 transformers.Trainer, and train_ist.py by several rules), `probe` compares cheaper probes with the full one on the same
 candidates, `communication` counts the traffic between ranks, `scale` measures the cost of the method's bookkeeping as
 layers, ranks and candidates grow.
+
+    python -m ist.benchmark parity --ranks 2
+
+Launches one process, DDP, FSDP2 and, from four ranks on, HSDP; resumes across them, kills a rank; and compares.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from accelerate import Accelerator
 
 from ist.benchmark.arms import ARMS, WINDOW, run_arm, say
 from ist.benchmark.memory import GEOMETRIES, METHODS, memory_of, memory_settings, memory_table
+from ist.benchmark.parity import check
 from ist.benchmark.probes import probe_agreement, probe_table
 from ist.benchmark.scale import measure_scale, scale_table
 from ist.benchmark.speed import count_flops, matmul_rate, measure_speed, speed_table
@@ -107,6 +112,17 @@ def scale(options: Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def parity(options: Namespace) -> dict[str, Any]:
+    require(options.ranks >= 2, "ranks", "2 or more", options.ranks)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(options.folder or made)
+        if folder.exists() and any(folder.iterdir()):
+            raise UsageError(f"--folder {folder} is not empty: name another.")
+        folder.mkdir(parents=True, exist_ok=True)
+        table, well = check(folder.absolute(), options.ranks, say)
+    return {"table": table, "well": well}
+
+
 def rank(options: Namespace) -> None:
     """One rank of a launch of `communication`."""
     communicate(json.loads(options.flags))
@@ -124,6 +140,7 @@ TABLES: dict[Callable, Callable[[Namespace, dict[str, Any]], str]] = {
     probe: lambda options, result: probe_table(result["updates"]),
     communication: lambda options, result: communication_table(result["steps"], options.ranks),
     scale: lambda options, result: scale_table(result["rows"]),
+    parity: lambda options, result: result["table"],
 }
 
 
@@ -173,6 +190,11 @@ def make_parser() -> argparse.ArgumentParser:
         if function is scale:
             sub.add_argument("--layers", nargs="+", type=int, default=[8, 16, 32, 64])
             sub.add_argument("--rank_counts", nargs="*", type=int, default=[1, 2, 4], metavar="RANKS")
+    text = "whether all topologies train the same; exit code 1: they do not"
+    sub = subcommands.add_parser("parity", parents=[shared], help=text)
+    sub.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()), help="GPUs, or CPU processes")
+    sub.add_argument("--folder", metavar="DIR", help="keep the runs and their logs there")
+    sub.set_defaults(run=parity)
     sub = subcommands.add_parser("rank", help=argparse.SUPPRESS)
     sub.add_argument("--flags")
     sub.set_defaults(run=rank, output=None, readme=None)
@@ -205,4 +227,4 @@ def main(argv: Sequence[str]) -> int:
         if options.output:
             command = "python -m ist.benchmark " + shlex.join(argv)
             publish(options.output, command, Accelerator(), table, options.readme, **result)
-    return 0
+    return 0 if not isinstance(result, dict) or result.get("well", True) else 1

@@ -12,8 +12,8 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 
 from ist.training.command_line import UsageError
+from ist.training.environment import environment
 from ist.training.files import read_text, write_text, writing
-from ist.training.record import environment
 
 
 def listed(values: Iterable) -> str:

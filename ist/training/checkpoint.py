@@ -8,24 +8,19 @@ or changed is not taken for whole either.
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from ist.distributed import checksum, from_main, full_tensor, like, require_agreement
-from ist.layers import adapter_state
+from ist.distributed import from_main, full_tensor, placed_from_main
 from ist.selection.packed_adamw import PackedAdamW
-from ist.training.command_line import UsageError, brief
-from ist.training.extensions import Extension
-from ist.training.files import discard, file_digest, json_digest, publishing, read_text, sweep, write_json, writing
-from ist.training.job import Job
-from ist.tuner import SparseTuner
+from ist.training.command_line import UsageError
+from ist.training.files import discard, file_digest, json_digest, publishing, read_text, write_json, writing
 
 STATE = "checkpoint.json"
 FORMAT = 2  # of the files and of checkpoint.json's keys; the first (which had no number at first) has no digests
@@ -37,12 +32,13 @@ def step_name(step: int) -> str:
 
 
 def _split_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], keep: bool
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """The optimizer's state by parameter name: tensors as {"name|key": tensor}, plain numbers as {name: {key: value}}.
 
     A layer that was never trained has no state, and gets none on loading. PackedAdamW's state is that of one process:
-    indices into the whole parameter, and their values.
+    indices into the whole parameter, and their values. Tensor by tensor: a rank that does not `keep` them never has
+    more than one whole.
     """
     tensors, numbers = {}, {}
     packed = isinstance(optimizer, PackedAdamW)
@@ -50,7 +46,9 @@ def _split_optimizer(
         state = optimizer.whole_state(parameter) if packed else optimizer.state.get(parameter, {})
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = full_tensor(value).detach().cpu().clone()  # bitsandbytes shares tables
+                whole = full_tensor(value)
+                if keep:
+                    tensors[f"{name}|{key}"] = whole.detach().cpu().clone()  # bitsandbytes shares tables
             else:
                 numbers.setdefault(name, {})[key] = value
     return tensors, numbers
@@ -90,14 +88,19 @@ def save_checkpoint(
         parameters: those of the adapter that train, now or at another step, by name.
         state: JSON-ready; more keys of checkpoint.json.
     """
-    adapter = {name: tensor.contiguous() for name, tensor in gathered(_once(adapter), write).items()}
-    tensors, numbers = _split_optimizer(optimizer, parameters)
     final = output_dir / "checkpoints" / step_name(step)
+    adapter = _once(adapter)
     if not write:
+        gathered(adapter, keep=False)
+        _split_optimizer(optimizer, parameters, keep=False)
         return final
     temporary = output_dir / f".saving-{final.name}"
     with publishing(temporary, final):
-        save_file(adapter, temporary / "adapter.safetensors")
+        # One file after the other: both together would need three times the memory of what trains.
+        whole = {name: tensor.contiguous() for name, tensor in gathered(adapter, keep=True).items()}
+        save_file(whole, temporary / "adapter.safetensors")
+        del whole
+        tensors, numbers = _split_optimizer(optimizer, parameters, keep=True)
         save_file(tensors, temporary / "optimizer.safetensors")
         digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
         # As JSON has it, so that the digest is that of what will be read: a tuple is a list there.
@@ -127,29 +130,29 @@ def last_checkpoint(output_dir: Path) -> str:
     return f"last good checkpoint: {output_dir / 'checkpoints' / step_name(max(steps)) if steps else 'none'}"
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """Why a checkpoint cannot be used."""
 
 
 _REQUIRED = {"step": int, "files": dict, "optimizer": dict, "configuration": dict, "scheduler": dict, "tuner": dict}
 
 
-def _read_state(path: Path) -> dict:
+def read_state(path: Path) -> dict:
     """The JSON state of a checkpoint that is whole, unchanged and finite.
 
     Raises:
-        _Damaged: it is not.
+        Damaged: it is not.
         UsageError: a later version wrote it.
         OSError: a file is there and cannot be read, which is no fault of the checkpoint.
     """
     try:
         state = json.loads(read_text(path / STATE))
     except FileNotFoundError:
-        raise _Damaged(f"it has no {STATE}") from None
+        raise Damaged(f"it has no {STATE}") from None
     except (ValueError, RecursionError):
-        raise _Damaged(f"{STATE} is not JSON") from None
+        raise Damaged(f"{STATE} is not JSON") from None
     if not isinstance(state, dict):
-        raise _Damaged(f"{STATE} holds no object")
+        raise Damaged(f"{STATE} holds no object")
     number = state.get("format", 1)
     if type(number) is int and number > FORMAT:
         raise UsageError(
@@ -157,37 +160,36 @@ def _read_state(path: Path) -> dict:
             "version that wrote it."
         )
     if type(number) is not int or number < 1:
-        raise _Damaged(f"it has format {number}, which no version wrote")
+        raise Damaged(f"it has format {number}, which no version wrote")
     for key, kind in _REQUIRED.items():
         if not isinstance(state.get(key), kind):
-            raise _Damaged(f"{STATE} has no {key}")
+            raise Damaged(f"{STATE} has no {key}")
     if state.get("data", {"next_global_batch": state["step"]}) != {"next_global_batch": state["step"]}:
-        raise _Damaged(f"{STATE} goes on at the batch of another step")
+        raise Damaged(f"{STATE} goes on at the batch of another step")
     if path.name.startswith("step_") and path.name != step_name(state["step"]):
-        raise _Damaged(f"{STATE} is that of step {state['step']}")
+        raise Damaged(f"{STATE} is that of step {state['step']}")
     if number == 1:
         print(f"{path} was written without digests: a change of its files cannot be seen.")
     elif state.get("digest") != json_digest({key: state[key] for key in state.keys() - {"format", "digest"}}):
-        raise _Damaged(f"{STATE} was changed: its digest is another")
+        raise Damaged(f"{STATE} was changed: its digest is another")
     _require_unchanged(path, state["files"], sized=number == 1)
     return state
 
 
 def _require_unchanged(path: Path, files: dict, sized: bool) -> None:
-    """Raises _Damaged unless the files are as checkpoint.json lists them, by size or digest, and finite."""
+    """Raises Damaged unless the files are as checkpoint.json lists them, by size or digest, and finite."""
     for name in ("adapter.safetensors", "optimizer.safetensors"):
         file = path / name
         if name not in files or not file.is_file():
-            raise _Damaged(f"{name} is missing")
+            raise Damaged(f"{name} is missing")
         if files[name] != (file.stat().st_size if sized else file_digest(file)):
-            raise _Damaged(f"{name} was cut short or changed: its {'size' if sized else 'digest'} is another")
+            raise Damaged(f"{name} was cut short or changed: its {'size' if sized else 'digest'} is another")
         try:
-            tensors = load_file(file)
+            for key, tensor in _tensors(file):
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise Damaged(f"{name} has a value of {key} that is not finite")
         except SafetensorError as error:
-            raise _Damaged(f"{name} is not a safetensors file ({error})") from None
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise _Damaged(f"{name} has a value of {key} that is not finite")
+            raise Damaged(f"{name} is not a safetensors file ({error})") from None
 
 
 def find_checkpoint(output_dir: Path, request: str | None) -> tuple[Path, dict] | None:
@@ -209,8 +211,8 @@ def _find_checkpoint(output_dir: Path, request: str) -> tuple[str, dict] | None:
     auto = request == "auto"
     for path in [output_dir / "checkpoints" / step_name(step) for step in steps] if auto else [Path(request)]:
         try:
-            return str(path), _read_state(path)
-        except _Damaged as error:
+            return str(path), read_state(path)
+        except Damaged as error:
             if not auto:
                 raise UsageError(
                     f"--resume_from_checkpoint must be none, auto or a whole checkpoint folder; got {request}: {error}."
@@ -222,24 +224,29 @@ def _find_checkpoint(output_dir: Path, request: str) -> tuple[str, dict] | None:
 
 
 def load_adapter(path: Path, adapter: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy a checkpoint's adapter into the tensors of `adapter`; all that the checkpoint has is returned as well.
+    """Copy a checkpoint's adapter into the tensors of `adapter`; what else its file holds is returned, on the CPU.
+
+    All ranks call it: the main process reads the file, tensor by tensor, and the others get theirs from it.
 
     Raises:
         UsageError: the file is damaged, or its names or shapes are not the model's.
     """
-    tensors = _load(path / "adapter.safetensors")
-    for name, tensor in _once(adapter).items():
-        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (tensor.shape, tensor.dtype):
+    file = path / "adapter.safetensors"
+    header, adapter = _header(file), _once(adapter)
+    for name, tensor in adapter.items():
+        if header.get(name) != (tensor.dtype, tensor.shape):
             raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: {name} differs.")
-        with torch.no_grad():
-            tensor.copy_(like(tensors[name], tensor))
-    return tensors
+    others = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in header.items() if name not in adapter}
+    with torch.no_grad():
+        for name, tensor in _placed(file, header, adapter | others):
+            (adapter.get(name, others.get(name))).copy_(tensor)
+    return others
 
 
 def load_optimizer(
     path: Path, state: dict, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> None:
-    """Give each parameter the optimizer state that it had.
+    """Give each parameter the optimizer state that it had. All ranks call it, as `load_adapter`.
 
     Args:
         state: of the checkpoint; its keys optimizer (plain numbers by parameter name) and step are read.
@@ -247,22 +254,29 @@ def load_optimizer(
     Raises:
         UsageError: the file is damaged, or its names are not those of the parameters.
     """
+    file = path / "optimizer.safetensors"
+    header = _header(file)
     states: dict[str, dict] = {name: dict(values) for name, values in state["optimizer"].items()}
     packed = isinstance(optimizer, PackedAdamW)
-    for key, tensor in _load(path / "optimizer.safetensors").items():
+    places: dict[str, Tensor] = {}
+    for key, (dtype, shape) in header.items():
         name, _, entry = key.rpartition("|")
         if name not in parameters:
             raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: it has no parameter {name}.")
-        sharded = not packed and entry != "step" and tensor.shape == parameters[name].shape
-        states.setdefault(name, {})[entry] = like(tensor, parameters[name]) if sharded else tensor
+        sharded = not packed and entry != "step" and shape == parameters[name].shape
+        places[key] = parameters[name] if sharded else torch.empty(0)
+        states.setdefault(name, {})[entry] = dtype
     moments = {"exp_avg", "exp_avg_sq", "step", *(["indices"] if packed else [])}
     torchs = packed or isinstance(optimizer, torch.optim.AdamW)
     missing = torchs and any(not moments <= own.keys() for own in states.values())
     if (state["step"] and not states) or missing:
         raise UsageError(f"--resume_from_checkpoint {path} cannot be used: moments of its optimizer are missing.")
     for name, own in states.items() if torchs else ():
-        if {own["exp_avg"].dtype, own["exp_avg_sq"].dtype} != {parameters[name].dtype}:
+        if {own["exp_avg"], own["exp_avg_sq"]} != {parameters[name].dtype}:
             raise UsageError(f"--resume_from_checkpoint {path} cannot be used: {name} has moments of another dtype.")
+    for key, tensor in _placed(file, header, places):
+        name, _, entry = key.rpartition("|")
+        states[name][entry] = tensor
     if packed:
         for name, own in states.items():
             optimizer.load_whole_state(parameters[name], own)
@@ -274,174 +288,38 @@ def load_optimizer(
     optimizer.load_state_dict(whole)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"--resume_from_checkpoint: {path} cannot be read ({error}).") from error
+Header = dict[str, tuple[torch.dtype, torch.Size]]
 
 
-@dataclass
-class Progress:
-    """Where a run is, as the loop resumes from it; tuner, optimizer and schedule have states of their own.
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors in turn, mapped into memory."""
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            yield name, tensors.get_tensor(name)
 
-    Attributes:
-        step: finished optimizer steps.
-        tokens: of all ranks, so far.
-        loss: of the last logged step.
-        validation_loss: of the last validation.
-        best: {step, validation_loss} of the checkpoint of lowest validation loss, where the run wants it.
+
+def _header(file: Path) -> Header:
+    """{name: (dtype, shape)} of a file that the main process reads.
+
+    Raises:
+        UsageError: on every rank, where it cannot be read.
     """
 
-    step: int = 0
-    tokens: int = 0
-    loss: float | None = None
-    validation_loss: float | None = None
-    best: dict | None = None
-
-    @classmethod
-    def of(cls, state: dict) -> "Progress":
-        """Of a checkpoint's state.
-
-        Raises:
-            ValueError: one of its values is missing, or of another type.
-        """
-        progress = cls(**{key.name: state.get(key.name) for key in fields(cls)})
-        best = {"step": 0, "validation_loss": 0.0} if progress.best is None else progress.best
-        counts = (progress.step, progress.tokens, best["step"])
-        losses = (progress.loss or 0.0, progress.validation_loss or 0.0, best["validation_loss"])
-        if any(type(count) is not int for count in counts) or not all(isinstance(one, (int, float)) for one in losses):
-            raise ValueError("step, tokens, loss, validation_loss or best is missing, or of another type")
-        return progress
-
-    def advance(self, tokens: int) -> None:
-        """A step is finished; its global batch had so many tokens."""
-        self.step += 1
-        self.tokens += tokens
-
-
-class WholeAdapter:
-    """All tensors of the adapter by name, trainable or not; without an adapter, the trainable parameters.
-
-    Make it before the first forward: after one without gradients FSDP has other objects in the place of some
-    parameters.
-
-    Args:
-        model: unwrapped, its adapter whole: no layer is frozen yet.
-
-    Attributes:
-        parameters: {name: parameter} of all that train at some step; each parameter once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._trained = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def __call__(self) -> dict[str, Tensor]:
-        return adapter_state(self.model) | self._trained
-
-
-class Checkpoints:
-    """The checkpoints of one run. Every rank makes one and calls it alike; the main process writes.
-
-    Args:
-        job: its configuration is kept in each checkpoint.
-        optimizer: torch's, not Accelerate's wrapper of it.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        adapter: WholeAdapter,
-        optimizer: torch.optim.Optimizer,
-        scheduler: LRScheduler,
-        tuner: SparseTuner,
-        extensions: Extension,
-    ) -> None:
-        self.output_dir, self.folder = job.output_dir, job.output_dir / "checkpoints"
-        self.adapter, self.parameters, self.optimizer, self.scheduler = (
-            adapter,
-            adapter.parameters,
-            optimizer,
-            scheduler,
-        )
-        self.tuner, self.extensions, self.configuration = tuner, extensions, job.configuration
-        self.keep = job.args.save_total_limit
-        self.write = PartialState().is_main_process
-        self.saved: int | None = None  # the step of the last one
-
-    def resume(self, checkpoint: tuple[Path, dict] | None) -> Progress:
-        """Put a checkpoint's state in place, and remove later checkpoints and temporary folders."""
-        progress = Progress()
-        if checkpoint:
-            path, state = checkpoint
-            load_optimizer(path, state, self.optimizer, self.parameters)
-            try:
-                progress = Progress.of(state)
-                self.extensions.load(load_adapter(path, self.adapter()), state)
-                if missing := {"_last_lr", "last_epoch"} - state["scheduler"].keys():
-                    raise ValueError(f"scheduler has no {missing.pop()}")
-                self.scheduler.load_state_dict(state["scheduler"])
-                scheduler = self.scheduler  # whose rate of this step is another one where the run has more steps now
-                rates = [
-                    base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)
-                ]
-                scheduler._last_lr = rates
-                for group, learning_rate in zip(self.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = float(learning_rate)
-                self.tuner.load_state_dict(state["tuner"])
-            except (AttributeError, KeyError, TypeError, ValueError) as error:  # of an edited state
-                reason = f"{STATE} does not fit this run ({brief(error)})"
-                raise UsageError(f"--resume_from_checkpoint {path} cannot be used: {reason}.") from error
-            best = progress.best
-            if best and not (self.folder / step_name(best["step"])).exists():
-                if self.write:
-                    print(f"The best checkpoint so far, of step {best['step']}, is gone; looking for a new best.")
-                progress.best = None
-        if self.write:
-            with writing(self.output_dir):
-                sweep(self.output_dir)
-                for later in (step for step in checkpoint_steps(self.output_dir) if step > progress.step):
-                    discard(self.folder / step_name(later), self.output_dir)
-        self.saved = progress.step
-        return progress
-
-    def save(self, progress: Progress) -> None:
-        """After `progress.step` finished steps; the trained weights must be finite.
-
-        Raises:
-            RuntimeError: replicas of them differ between ranks.
-        """
-        require_agreement(f"the weights after step {progress.step}", checksum(self.parameters.values()))
-        self.extensions.before_save()
-        seed = self.configuration["seed"]
-        state = {
-            "configuration": self.configuration,
-            "scheduler": self.scheduler.state_dict(),
-            "tuner": self.tuner.state_dict(),
-            "data": {"next_global_batch": progress.step},
-            "rng": {"reseeded_by": ["seed", "step", "rank"], "seed": seed, "step": progress.step},
-            **asdict(progress),
-            **self.extensions.state_dict(),
-        }
-        tensors = self.adapter() | self.extensions.tensors()
-        save_checkpoint(self.output_dir, progress.step, tensors, self.parameters, self.optimizer, state, self.write)
-        self.extensions.begin_step(self.tuner.trained)
-        if self.write:
-            prune_checkpoints(self.output_dir, self.keep, progress.best["step"] if progress.best else None)
-        self.saved = progress.step
-
-    def load_best(self, step: int) -> None:
-        """Put the adapter of the checkpoint of `step` in place."""
-        PartialState().wait_for_everyone()  # until the main process has written it
-        path = self.folder / step_name(step)
+    def read() -> dict[str, tuple[str, list[int]]]:
         try:
-            state = _read_state(path)
-        except _Damaged as error:
-            raise UsageError(f"{path}, of the lowest validation loss, was damaged since: {error}.") from None
-        self.extensions.load(load_adapter(path, self.adapter()), state)
+            return {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in _tensors(file)}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"--resume_from_checkpoint: {file} cannot be read ({error}).") from error
 
-    def last(self) -> str:
-        """Where a failed run can go on from."""
-        return last_checkpoint(self.output_dir)
+    header = from_main(read, UsageError)
+    return {name: (getattr(torch, dtype[6:]), torch.Size(shape)) for name, (dtype, shape) in header.items()}
+
+
+def _placed(file: Path, header: Header, places: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file in turn, each sharded and placed as the tensor of its name in `places` is. All ranks call
+    it; the main process reads."""
+    state = PartialState()
+    read = _tensors(file) if state.is_main_process else ((name, None) for name in header)
+    for name, whole in read:
+        dtype, shape = header[name]
+        yield name, placed_from_main(whole, dtype, shape, places[name], state.device)

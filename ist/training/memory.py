@@ -36,7 +36,8 @@ from ist.loss import token_loss_sum
 from ist.selection import SemanticFreezing, make_rule
 from ist.selection.rule import SelectionRule
 from ist.training.arguments import Resolved
-from ist.training.model import load_skeleton, make_optimizer
+from ist.training.model import load_skeleton
+from ist.training.prepare import make_optimizer
 
 PARTS = ("weights", "optimizer", "gradients", "saved", "temporary")
 

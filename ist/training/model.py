@@ -1,23 +1,17 @@
 """From arguments to a model that trains, and its optimizer; a bad value is refused before weights are loaded."""
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import bitsandbytes
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -26,16 +20,13 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     PretrainedConfig,
-    get_scheduler,
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from ist.adapters.targets import ATTENTION, default_target_modules
 from ist.config import ConfigError
-from ist.distributed import broadcast_from_main, require_sharded
 from ist.layers import LayerMap, drop_input_grad_hooks, outside_decoder, text_decoder
-from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.semantic import require_comparable
 from ist.training.arguments import Arguments, Resolved
 from ist.training.command_line import UsageError, as_usage_error, brief
@@ -295,9 +286,17 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def load_model(args: Arguments, peft_config: PeftConfig | None, device: torch.device) -> nn.Module:
-    """The model with its adapter, or with its own weights to train; in train mode, trainable parameters in float32."""
+def load_model(
+    args: Arguments, peft_config: PeftConfig | None, device: torch.device, straight: bool = False
+) -> nn.Module:
+    """The model with its adapter, or with its own weights to train; in train mode, trainable parameters in float32.
+
+    Args:
+        straight: load to `device` at once, not to the CPU.
+    """
     options = {"dtype": args.dtype}
+    if straight and device.type != "cpu":
+        options["device_map"] = {"": device}
     if args.load_in_4bit:
         quantization = _quantization(args)
         dtype = quantization.bnb_4bit_compute_dtype
@@ -354,50 +353,3 @@ def _made_to_train(base: nn.Module, args: Arguments, peft_config: PeftConfig | N
                 parameter.data = parameter.data.float()
     drop_input_grad_hooks(model)
     return model.train()
-
-
-def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    kinds = {
-        "adamw_torch": PackedAdamW if args.selection == "id3" else torch.optim.AdamW,
-        "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
-    return kinds[args.optim](parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-
-
-def warmup_steps(args: Arguments, max_steps: int) -> int:
-    """Steps of linear warm-up; below 1, warmup_steps is a share of all steps."""
-    return int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
-
-
-def make_scheduler(args: Arguments, optimizer: torch.optim.Optimizer, max_steps: int) -> LRScheduler:
-    return get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps(args, max_steps), max_steps)
-
-
-def prepare(
-    args: Arguments, peft_config: PeftConfig | None, accelerator: Accelerator
-) -> tuple[nn.Module, nn.Module, AcceleratedOptimizer]:
-    """(model as Accelerate prepares it, the same unwrapped, optimizer over all that ever trains).
-
-    Raises:
-        RuntimeError: FSDP is on and has not sharded the model.
-    """
-    model = load_model(args, peft_config, accelerator.device)
-    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded:
-        broadcast_from_main((p for p in model.parameters() if p.requires_grad), accelerator.device)
-        model, optimizer = accelerator.prepare(model, optimizer)
-    else:  # in evaluation mode Accelerate leaves out DistributedDataParallel: GradientReducer stands in for it
-        model = accelerator.prepare_model(model, evaluation_mode=True)
-        optimizer = accelerator.prepare_optimizer(optimizer)
-        tensors = [*model.state_dict(keep_vars=True).values(), *model.buffers()]
-        broadcast_from_main((t for t in tensors if isinstance(t, torch.Tensor)), accelerator.device)
-    peft_model = accelerator.unwrap_model(model)
-    # Without Accelerate's own wrapper, which makes float32 of all logits: autocast stands around the forwards instead.
-    if vars(peft_model).pop("_original_forward", None) is not None:
-        del peft_model.forward
-    if sharded:
-        require_sharded(peft_model)
-    return model, peft_model, optimizer

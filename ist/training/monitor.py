@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ist.distributed import all_finite, full_tensor, reduce_sum
-from ist.training.checkpoint import Checkpoints, Progress
+from ist.distributed import all_finite, full_tensor, largest, reduce_sum
+from ist.training.checkpoints import Checkpoints, Progress
+from ist.training.environment import differing_nodes, peak_memory_bytes
 from ist.training.job import Job
-from ist.training.model import warmup_steps
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
-from ist.training.record import RunRecord, peak_memory_bytes, total_steps
+from ist.training.prepare import warmup_steps
+from ist.training.record import RunRecord, total_steps
 
 
 class ProgressBar:
@@ -60,10 +61,25 @@ class Monitor:
         if semantic:
             self.record.semantic(semantic, tuner.rule.counts)
         lines = description(self.job, self.accelerator, self.checkpoints, progress.step, semantic)
+        if self.accelerator.num_processes > 1:
+            lines += self._ranks(progress.step)
         self.accelerator.print("\n".join(lines))
         self.bar.start(progress.step)
         if self.job.data.validation and progress.step == 0:
             self.validate(progress)
+
+    def _ranks(self, step: int) -> list[str]:
+        """What ranks have in common, for the description and run.json."""
+        checksum, topology = self.checkpoints.checksum, self.record.summary["topology"]
+        self.record.progress(replica_checksum={"step": step, "checksum": checksum})
+        replicas, shards = topology["replicas"], topology["shards"]
+        whole = "the model whole on each" if shards == 1 else f"the model sharded over {shards}"
+        copies = f", {replicas} replicas" if shards > 1 and replicas > 1 else ""
+        return [
+            f"{self.accelerator.num_processes} ranks ({topology['backend']}), {whole}{copies}; checksum of what trains "
+            f"{checksum}",
+            *differing_nodes(self.record.summary["nodes"]),
+        ]
 
     def after_step(
         self,
@@ -85,7 +101,7 @@ class Monitor:
         Raises:
             FloatingPointError: loss, gradient norm, or a weight to be saved is not finite.
         """
-        tuner = self.checkpoints.tuner
+        tuner, device = self.checkpoints.tuner, self.accelerator.device
         args, step, last = self.job.args, progress.step, progress.step == self.job.max_steps
         self.bar.update()
         logged = step % args.logging_steps == 0 or last
@@ -105,7 +121,7 @@ class Monitor:
                 "trained_layers": tuner.trained,
                 **values,
                 **clock.window(),
-                "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+                "peak_memory_bytes": int(largest(peak_memory_bytes(device), device)),  # of the rank that has most
             }
             with self.observer.part("bookkeeping"):
                 self.record.metrics(line)
@@ -155,6 +171,8 @@ class Monitor:
     def save(self, progress: Progress) -> None:
         self.require_finite(progress)
         self.checkpoints.save(progress)
+        if self.accelerator.num_processes > 1:
+            self.record.progress(replica_checksum={"step": progress.step, "checksum": self.checkpoints.checksum})
 
     def validate(self, progress: Progress) -> None:
         with self.observer.evaluating():

@@ -21,6 +21,7 @@ from ist.config import ISTConfig
 from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError, brief, markdown_table
 from ist.training.data import Data
+from ist.training.environment import replicas_of
 from ist.training.memory import (
     PARTS,
     SavedByLayer,
@@ -37,11 +38,15 @@ from ist.training.peft_config import require_served
 
 @dataclass
 class Topology:
-    """`ranks` processes, each with a device of `device_bytes`; `sharded` is FSDP2, else each holds the whole model."""
+    """`ranks` processes, each with a device of `device_bytes`; `sharded` is FSDP2, else each holds the whole model.
+
+    Under HSDP there are `replicas` of a model that is sharded over ranks / replicas processes.
+    """
 
     ranks: int
     sharded: bool
     device_bytes: int
+    replicas: int = 1
 
 
 # The share of a device's memory that a plan may use: the rest is for the context, workspaces, and the allocator's gaps.
@@ -98,10 +103,16 @@ def replicated_step(step: StepMemory) -> StepMemory:
 
 @dataclass
 class Prediction:
-    """The costliest step of a run on one device, and the mean of its peaks over steps; bytes."""
+    """The costliest step of a run on one device, and the mean of its peaks over steps; bytes.
+
+    Attributes:
+        weights: of the whole model; its parameters' optimizer state is `state`.
+    """
 
     step: StepMemory
     mean_peak: int
+    weights: int
+    state: int
 
 
 @dataclass(frozen=True)
@@ -153,15 +164,17 @@ def predict(run: PlannedRun) -> Prediction:
                 by_layer = SavedByLayer.solved(everything, lowest, counter.saved(last), n_layers, len(costliest))
                 mean_saved = sum(by_layer.saved(draw, n_layers) for draw in draws) / len(draws)
                 counter.train(costliest)
+            weights, state = step.weights, step.optimizer
             if topology.sharded:
-                step = sharded_step(step, counter, topology.ranks, ever)
+                step = sharded_step(step, counter, topology.ranks // topology.replicas, ever)
             elif topology.ranks > 1:
                 step = replicated_step(step)
     except UsageError as error:
         raise UsageError(f"--plan cannot make this adapter without the base weights: {error}") from error
     except (NotImplementedError, RuntimeError) as error:  # what fake tensors raise where values decide
         raise UsageError(f"--plan cannot follow this model without its weights: {brief(error)}") from error
-    return Prediction(step, round(step.peak - step.at_peak["saved"] * (1 - mean_saved / step.saved)))
+    mean_peak = round(step.peak - step.at_peak["saved"] * (1 - mean_saved / step.saved))
+    return Prediction(step, mean_peak, weights, state)
 
 
 def _changes(run: PlannedRun) -> Iterator[tuple[str, Callable[[PlannedRun], PlannedRun]]]:
@@ -200,6 +213,8 @@ def plan(run: PlannedRun) -> str:
     found = predict(run)
     step, topology = found.step, run.topology
     how = "sharded over" if topology.sharded else "whole on each of"
+    if topology.replicas > 1:
+        how = f"in {topology.replicas} replicas, sharded over"
     lines = [
         f"Predicted memory per device, model {how} {topology.ranks} device{'s' * (topology.ranks > 1)}, micro-batches "
         f"of {run.shape[0]} x {run.shape[1]} tokens:",
@@ -219,6 +234,11 @@ def plan(run: PlannedRun) -> str:
         f"The peak is in the {step.moment} of the steps that train the lowest layer; mean over steps "
         f"{_gb(found.mean_peak)} GB.",
     ]
+    if topology.sharded and not run.args.load_in_4bit:
+        lines.append(
+            f"CPU memory: the main process loads {_gb(found.weights)} GB and gathers {_gb(found.state)} GB for a "
+            "checkpoint; the other processes need none of that."
+        )
     usable = USABLE * topology.device_bytes
     verdict = f"of {_gb(topology.device_bytes)} GB a device has, {_gb(usable)} can be used"
     if step.peak <= usable:
@@ -256,7 +276,8 @@ def plan_run(
     else:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         device_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
-    topology = Topology(accelerator.num_processes, accelerator.distributed_type == DistributedType.FSDP, device_bytes)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    topology = Topology(accelerator.num_processes, sharded, device_bytes, replicas_of(accelerator) if sharded else 1)
     run = PlannedRun(
         *(args, ist_config, peft_config, planned.config, planned.layers.n_layers),
         *(shape, padded, topology, gpu),

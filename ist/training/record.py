@@ -2,10 +2,7 @@
 
 import math
 import os
-import platform
-import resource
 import secrets
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,11 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import peft
-import torch
-import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from ist.config import LayerCounts
 from ist.training.arguments import ARGUMENTS
@@ -67,33 +60,6 @@ def read_run(output_dir: Path) -> dict | None:
         if not isinstance(run.get(key), kind):
             raise UsageError(f"{path} is not that of a run: it has no {key}. Repair or remove it.")
     return run
-
-
-def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
-    """Where a run runs, for run.json: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        folder = Path(__file__).parent
-        commit = subprocess.run(git, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu"
-    libraries = (torch, accelerate, transformers, peft)
-    return {
-        "versions": {"python": platform.python_version(), **{lib.__name__: lib.__version__ for lib in libraries}},
-        "commit": commit,
-        "hardware": {"device": device, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "world_size": accelerator.num_processes,
-        "distributed_type": accelerator.distributed_type.value,
-    }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Of this process so far: allocated on the GPU, or resident in memory where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _flat(configuration: dict) -> dict:

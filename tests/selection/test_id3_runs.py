@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ist import ISTConfig, SparseTuner
 from ist.selection import StepwiseUnmasking
 from ist.selection.packed_adamw import PackedAdamW
-from ist.training import model as training_model
+from ist.training import prepare as training_model
 from ist.training.command_line import UsageError
 
 # ------------------------------------------------------------------------------------------------ in train_ist.py

@@ -16,7 +16,7 @@ from ist import ISTConfig, SparseTuner, selection
 from ist.config import ConfigError
 from ist.selection import FixedLayers, LisaSampler, make_rule
 from ist.selection.rule import Unlearned
-from ist.training import model as training_model
+from ist.training import prepare as training_model
 from ist.training.command_line import UsageError
 
 # ------------------------------------------------------------------------------------------------- the simple rules

@@ -204,7 +204,11 @@ def watched(calls: list[Any], sharded: list[bool], work: Path) -> Iterator[None]
     from accelerate import Accelerator, PartialState
     from torch.distributed.tensor import DTensor
 
-    log, prepare, destroy = Accelerator.log, Accelerator.prepare, PartialState.destroy_process_group
+    try:
+        from ist.training.trackers import Trackers
+    except ImportError:  # of an older checkout
+        Trackers = Accelerator
+    log, prepare, destroy = Trackers.log, Accelerator.prepare, PartialState.destroy_process_group
 
     def logged(self, values, step=None, **options):
         calls.append([step, cleaned(dict(values), work)])
@@ -215,10 +219,10 @@ def watched(calls: list[Any], sharded: list[bool], work: Path) -> Iterator[None]
         sharded.append(all(isinstance(p, DTensor) for p in result[0].parameters()))
         return result
 
-    Accelerator.log, Accelerator.prepare = logged, prepared
+    Trackers.log, Accelerator.prepare = logged, prepared
     PartialState.destroy_process_group = lambda *_: None
     yield
-    Accelerator.log, Accelerator.prepare, PartialState.destroy_process_group = log, prepare, destroy
+    Trackers.log, Accelerator.prepare, PartialState.destroy_process_group = log, prepare, destroy
 
 
 def train_arms(topology: str, work: Path, old: Path | None) -> None:

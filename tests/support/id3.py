@@ -28,7 +28,7 @@ from accelerate import Accelerator
 
 from ist.report.tables import publish
 from ist.selection import StepwiseUnmasking
-from ist.training import model as training_model
+from ist.training import prepare as training_model
 from support import read_lines, reset_accelerate
 
 ARMS = {

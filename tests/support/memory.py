@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ist.distributed import local_tensor
 from ist.training import memory
-from ist.training import model as training_model
+from ist.training import prepare as training_model
 from ist.training.memory import (
     weight_tensors,
 )

@@ -1,10 +1,11 @@
 """`accelerate launch ... tests/support/spy.py train_ist.py ...`: a real launch, watched from inside; and FSDP2 on CPU.
 
-Writes $SPY_DIR/rank<r>.json: the scores, whether every parameter is a DTensor, and the bytes that gradients travelled
-with, per optimizer step and collective. SPY_REBEL=<step>: rank 1 draws other layers from that step on.
+Writes $SPY_DIR/rank<r>.json: the scores, whether every parameter is a DTensor and on what mesh, whether the rank read
+weights, and the bytes that gradients travelled with, per optimizer step and collective.
+SPY_REBEL=<step>: rank 1 draws other layers from that step on.
 SPY_KILL=<step>: rank 1 dies by SIGKILL in the middle of that step. SPY_SEED: rank 1 initialises its adapter by another
 seed. SPY_PART=<step>: a weight of rank 1 differs from that step on. SPY_FAIL=<step>: rank 1 raises in that step.
-SPY_SLOW=<seconds>: rank 0 needs so long for its data.
+SPY_SLOW=<seconds>: rank 0 needs so long for its data. SPY_BLIND: ranks other than 0 cannot read checkpoints.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
@@ -32,6 +34,7 @@ rank = int(os.environ.get("RANK", "0"))
 tuners: list[SparseTuner] = []
 travelled: list[Counter] = []
 dtypes: set[str] = set()
+loaded: list[int] = []
 
 
 def patch(owner, name, wrapper):
@@ -58,9 +61,19 @@ def registered(original):
         # Now: during a step, FSDP swaps in the gathered parameters, and leaves the root's there.
         self.all_dtensors = all(isinstance(p, DTensor) for p in model.parameters())
         self.linear_4bit = sum(isinstance(module, Linear4bit) for module in model.modules())
+        first = next(model.parameters())
+        self.mesh = list(first.device_mesh.shape) if isinstance(first, DTensor) else None
         tuners.append(self)
 
     return init
+
+
+def loading(original):
+    def load(*args, **kwargs):
+        loaded.append(rank)
+        return original(*args, **kwargs)
+
+    return load
 
 
 def watched(original):
@@ -114,12 +127,17 @@ def told(original):
 
 
 turn_on_fsdp()
+patch(PreTrainedModel, "from_pretrained", lambda original: classmethod(loading(original.__func__)))
 if "SPY_SLOW" in os.environ:
     import ist.training.checkpoint
     import ist.training.data
 
     patch(ist.training.data, "prepare_data", slow)
     patch(ist.training.checkpoint, "_find_checkpoint", told)
+if "SPY_BLIND" in os.environ and rank > 0:
+    import ist.training.checkpoint
+
+    patch(ist.training.checkpoint, "safe_open", lambda _: lambda *args, **options: sys.exit("a checkpoint was read"))
 if "SPY_SEED" in os.environ:
     import ist.training.model
 
@@ -138,6 +156,8 @@ finally:
             "scores": tuners[0].rule.scores.tolist(),
             "trained_counts": tuners[0].trained_counts,
             "all_dtensors": tuners[0].all_dtensors,
+            "mesh": tuners[0].mesh,
+            "loaded": bool(loaded),
             "linear_4bit": tuners[0].linear_4bit,
             "travelled": travelled,
             "dtypes": sorted(dtypes),

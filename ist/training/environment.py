@@ -1,0 +1,85 @@
+"""Where a run runs: libraries, commit, hardware, nodes; and its memory so far."""
+
+import os
+import platform
+import resource
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+
+from ist.distributed import of_all_ranks
+
+
+def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
+    """For run.json: versions, commit ("-dirty" with uncommitted changes), hardware, ranks. All ranks call it."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(git, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu"
+    libraries = (torch, accelerate, transformers, peft)
+    here = {
+        "versions": {"python": platform.python_version(), **{lib.__name__: lib.__version__ for lib in libraries}},
+        "commit": commit,
+        "hardware": {"device": device, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+    return {
+        **here,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "world_size": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "topology": _topology(accelerator),
+        "nodes": _nodes(here),
+    }
+
+
+def replicas_of(accelerator: Accelerator | PartialState) -> int:
+    """How many whole models the ranks hold together."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.num_processes
+    return accelerator.parallelism_config.dp_replicate_size if accelerator.parallelism_config else 1
+
+
+def _topology(accelerator: Accelerator | PartialState) -> dict[str, Any]:
+    """{backend, replicas, shards}: how many replicas of the model there are, each cut into so many shards."""
+    ranks, replicas = accelerator.num_processes, replicas_of(accelerator)
+    backend = getattr(PartialState(), "backend", None) if ranks > 1 else None
+    return {"backend": backend, "replicas": replicas, "shards": ranks // replicas}
+
+
+def _nodes(here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each node's host, number of ranks, and what its first rank found `here`."""
+    nodes: dict[tuple[str, str], dict[str, Any]] = {}
+    for number, host, facts in of_all_ranks((os.environ.get("GROUP_RANK", "0"), socket.gethostname(), here)):
+        nodes.setdefault((number, host), {"host": host, "ranks": 0, **facts})["ranks"] += 1
+    return list(nodes.values())
+
+
+def differing_nodes(nodes: list[dict[str, Any]]) -> list[str]:
+    """A line for each version or commit that is not the same on every node."""
+    first, lines = nodes[0], []
+    for node in nodes[1:]:
+        there, here = ({"commit": one["commit"], **one["versions"]} for one in (node, first))
+        differing = [
+            f"{key} {there[key]} there, {here[key]} on {first['host']}" for key in here if there[key] != here[key]
+        ]
+        if differing:
+            lines.append(f"warning: node {node['host']} differs: {', '.join(differing)}. Results may, too.")
+    return lines
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of this process so far: allocated on the GPU, or resident in memory where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,131 @@
+"""The model and its optimizer as Accelerate prepares them; sharded, one rank reads the weights."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import bitsandbytes
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoConfig, get_scheduler
+
+from ist.distributed import broadcast_from_main, require_agreement, require_sharded
+from ist.selection.packed_adamw import PackedAdamW
+from ist.training.arguments import Arguments
+from ist.training.command_line import UsageError
+from ist.training.files import json_digest
+from ist.training.model import load_model, load_skeleton
+
+
+def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    kinds = {
+        "adamw_torch": PackedAdamW if args.selection == "id3" else torch.optim.AdamW,
+        "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return kinds[args.optim](parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+
+
+def warmup_steps(args: Arguments, max_steps: int) -> int:
+    """Steps of linear warm-up; below 1, warmup_steps is a share of all steps."""
+    return int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
+
+
+def make_scheduler(args: Arguments, optimizer: torch.optim.Optimizer, max_steps: int) -> LRScheduler:
+    return get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps(args, max_steps), max_steps)
+
+
+def _load_on_main(args: Arguments, peft_config: PeftConfig | None, accelerator: Accelerator) -> nn.Module:
+    """The model on the main process; on the others its shapes, whose contents come from there as Accelerate shards it.
+
+    Every rank loads it whole where packed weights are (each to its own device), or an adapter begins from the weights.
+    """
+    plugin, skeleton = accelerator.state.fsdp_plugin, None
+    config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    packed = args.load_in_4bit or getattr(config, "quantization_config", None) is not None
+    if plugin.cpu_ram_efficient_loading and not packed:
+        try:
+            skeleton = load_skeleton(args, peft_config, config)
+        except UsageError:
+            skeleton = None
+    if skeleton is None or _has_other_tensors(skeleton):
+        plugin.cpu_ram_efficient_loading = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # where transformers looks
+        return load_model(args, peft_config, accelerator.device)
+    model = load_model(args, peft_config, accelerator.device) if accelerator.is_main_process else skeleton
+    listed = [
+        (name, str(t.dtype), list(t.shape), t.requires_grad)
+        for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, t in named
+    ]
+    require_agreement("the tensors of the model", json_digest(listed))
+    for module in model.modules():
+        # The optimizer knows its parameters by their addresses, and Accelerate sends no buffers.
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad and p.is_meta}
+        for name, parameter in own.items():
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for _, buffer in model.named_buffers(remove_duplicate=False):
+        broadcast_from_main([buffer], accelerator.device)
+    return model
+
+
+def _has_other_tensors(skeleton: nn.Module) -> bool:
+    """Whether a module has tensors that are neither parameters nor buffers, which no rank would get from another."""
+    return any(isinstance(value, Tensor) for module in skeleton.modules() for value in vars(module).values())
+
+
+@contextmanager
+def _buffers_left_out(model: nn.Module) -> Iterator[None]:
+    """Buffers are not in the state_dict meanwhile: of which Accelerate takes every tensor for a sharded one."""
+    changed = []
+    for module in model.modules():
+        names = module._buffers.keys() - module._non_persistent_buffers_set
+        module._non_persistent_buffers_set |= names
+        changed.append((module, names))
+    yield
+    for module, names in changed:
+        module._non_persistent_buffers_set -= names
+
+
+def prepare(
+    args: Arguments, peft_config: PeftConfig | None, accelerator: Accelerator
+) -> tuple[nn.Module, nn.Module, AcceleratedOptimizer]:
+    """(model as Accelerate prepares it, the same unwrapped, optimizer over all that ever trains).
+
+    Raises:
+        RuntimeError: FSDP is on and has not sharded the model.
+    """
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        model = _load_on_main(args, peft_config, accelerator)
+    else:
+        model = load_model(args, peft_config, accelerator.device, straight=True)
+    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
+    if sharded:
+        if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            broadcast_from_main((p for p in model.parameters() if p.requires_grad), accelerator.device)
+        with _buffers_left_out(model):
+            model, optimizer = accelerator.prepare(model, optimizer)
+    else:  # in evaluation mode Accelerate leaves out DistributedDataParallel: GradientReducer stands in for it
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        tensors = [*model.state_dict(keep_vars=True).values(), *model.buffers()]
+        broadcast_from_main((t for t in tensors if isinstance(t, torch.Tensor)), accelerator.device)
+    peft_model = accelerator.unwrap_model(model)
+    # Without Accelerate's own wrapper, which makes float32 of all logits: autocast stands around the forwards instead.
+    if vars(peft_model).pop("_original_forward", None) is not None:
+        del peft_model.forward
+    if sharded:
+        require_sharded(peft_model)
+    return model, peft_model, optimizer
