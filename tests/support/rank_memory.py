@@ -115,6 +115,32 @@ def measure(work: Path, checkout: Path, name: str) -> list[dict[str, int]]:
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
+def of_70b() -> list[tuple[str, ...]]:
+    """CPU memory of a node of eight ranks for Llama-3.1-70B, in GB: counted on tensors without storage."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    sizes |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+        weights = sum(parameter.nbytes for parameter in base.parameters())
+        full = 4 * sum(parameter.numel() for parameter in base.parameters())
+        adapted = get_peft_model(base, LoraConfig(r=32, target_modules=targets), low_cpu_mem_usage=True)
+        lora = 4 * sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    rows = []
+    for name, loaded, trained in (("LoRA r 32", weights, lora), ("full fine-tuning", full, full)):
+        for what, before, now in (
+            ("load", 8 * loaded, loaded),
+            ("moments at a save", 8 * 2 * trained, 2 * trained),
+            ("what trains and moments at a resume (now tensor by tensor)", 8 * 3 * trained, 0),
+        ):
+            rows.append((f"{name}: {what}", f"{before / 1e9:.0f}", f"{now / 1e9:.0f}"))
+    return rows
+
+
 def main() -> None:
     if sys.argv[1] == "--rank":
         sys.path[:0] = [os.getcwd(), os.getcwd() + "/tests"]
@@ -139,10 +165,12 @@ def main() -> None:
         for when in seen
     ]
     made_by = (
-        f"Made by tests/support/rank_memory.py: {RANKS} gloo ranks, FSDP2, a model of {size / 1e6:.0f} MB that trains."
+        f"Made by tests/support/rank_memory.py: {RANKS} gloo ranks, FSDP2, all {size / 1e6:.0f} MB of a model train."
     )
-    table = markdown_table([("peak of own memory / the model's size", "", "rank 0", "most of the others"), *rows])
-    text = "\n".join([*heading("Memory of each rank", made_by), table, ""])
+    table = markdown_table(("peak of own memory / the model's size", "", "rank 0", "most of the others"), rows)
+    header = ("Llama-3.1-70B, a node of eight ranks: CPU memory, GB", "before", "now")
+    counted = markdown_table(header, of_70b())
+    text = "\n".join([*heading("Memory of each rank", made_by), *table, "", *counted, ""])
     print(text)
     if args.output:
         args.output.write_text(text)
