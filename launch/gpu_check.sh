@@ -6,8 +6,8 @@
 #
 # HIDDEN, LAYERS, VOCABULARY and LENGTH make it smaller; KINDS=ddp ACCELERATE_USE_CPU=true is a trial without a GPU.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
-case ${1:-} in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 dir=${1:-runs/gpu_check}
 launch/setup.sh --model # for its tokenizer
 export HF_HUB_OFFLINE=1 HIDDEN=${HIDDEN:-4096} LAYERS=${LAYERS:-32} VOCABULARY=${VOCABULARY:-49152} LENGTH=${LENGTH:-1024}
