@@ -12,7 +12,6 @@ from accelerate.utils import LoggerType
 
 from ist.training.command_line import UsageError, brief
 
-KNOWN = tuple(str(kind) for kind in LoggerType if str(kind) != "all")
 _NAMED = {  # how each takes the name of a run, which is not the project's
     **{"mlflow": "run_name", "swanlab": "experiment_name", "trackio": "name", "clearml": "task_name"},
     "wandb": "name",
