@@ -20,9 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ist.training.command_line import quiet_known_warnings
+from ist.training.arguments import looks_only, parse_training_arguments, read_arguments
+from ist.training.command_line import check_command_line, quiet_known_warnings
 
 quiet_known_warnings()
+if __name__ == "__main__":  # --help, and bad arguments: before the imports below, which take seconds
+    check_command_line(partial(read_arguments, description=__doc__.split("\n")[0]))
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +34,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from ist.config import ConfigError, ISTConfig
 from ist.distributed import StopAgreement, from_main, in_turns, reduce_in_float32, require_launcher, require_topology
 from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
-from ist.training.arguments import looks_only, parse_training_arguments, resolve_batches, resolve_output_dir
 from ist.training.checkpoint import find_checkpoint, last_checkpoint
 from ist.training.checkpoints import Checkpoints, Progress, WholeAdapter
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
@@ -58,6 +60,7 @@ from ist.training.record import (
     require_writable,
     total_steps,
 )
+from ist.training.resolving import resolve_batches, resolve_output_dir
 from ist.training.signals import StopRequest
 from ist.training.trackers import require_trackers
 from ist.tuner import SparseTuner

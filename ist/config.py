@@ -46,6 +46,8 @@ def parse_count(key: str, value: Count | str) -> Count:
         number = (float(value) if re.search(r"[.eE]", value) else int(value)) if isinstance(value, str) else value
     except ValueError:
         number = 0
+    if isinstance(number, float) and number > 1 and number.is_integer():  # a sweep's 8.0
+        number = int(number)
     if isinstance(number, float) and number == 1:
         raise ConfigError(f"`{key}=1.0` is ambiguous: write 1 for one layer, all for every layer.", key)
     fraction = isinstance(number, float) and 0 < number < 1
@@ -93,55 +95,66 @@ class ISTConfig:
     selection: str = field(
         default="ist",
         metadata={
-            "help": "ist learns layer importance; random draws N_u layers at each step, lisa every lisa_interval "
-            "steps; all is plain PEFT, or full fine-tuning; fixed, first and last always train the same; semantic "
-            "trains the layers above a boundary that it finds before training, semantic+ist draws by importance "
-            "among those; id3 unmasks single weights step by step, in all layers."
+            "help": "ist, random, all, lisa, fixed, first, last, semantic[+ist], id3. ist learns layer importance; "
+            "random draws N_u layers at each step, lisa every lisa_interval steps; all is plain PEFT, or full "
+            "fine-tuning; fixed, first and last always train the same; semantic trains the layers above a "
+            "boundary that it finds before training, semantic+ist draws by importance among those; id3 unmasks "
+            "single weights step by step, in all layers."
         },
     )
     trained_layers: Count = field(
-        default=0.25, metadata={"help": "N_u, layers trained at each step: a fraction in (0, 1), a count, or all."}
+        default=0.25,
+        metadata={
+            "help": "N_u, layers trained at each step. A fraction in (0, 1) of the model's layers, a count, or all."
+        },
     )
     kept_layers: Count = field(
-        default=0.5, metadata={"help": "N_v, layers that keep their full response in a candidate set."}
+        default=0.5,
+        metadata={"help": "N_v, layers that keep their response in a candidate set. A fraction, a count, or all."},
     )
     candidates: int = field(default=3, metadata={"help": "N_c, candidate sets compared at each importance update."})
     update_interval: int = field(default=10, metadata={"help": "T_c, optimizer steps between importance updates."})
     suppression: float = field(
-        default=0.25, metadata={"help": "beta, factor on the adapter response of the layers outside a candidate set."}
+        default=0.25,
+        metadata={
+            "help": "beta, factor on the response of layers outside the set. That is, of their adapters, while the loss"
+            " of a candidate set is measured."
+        },
     )
     score_lr: float = field(
-        default=10.0, metadata={"help": "mu, step size of the importance scores; 100 for short runs such as math."}
+        default=10.0, metadata={"help": "mu, step size of the scores; 100 for short runs such as math."}
     )
     score_rule: Literal["paper", "released"] = field(
-        default="paper", metadata={"help": "paper is Eq. 6-10; released is the authors' code."}
+        default="paper",
+        metadata={"help": "paper or released, the authors' code. paper is the paper's equations 6 to 10."},
     )
     probe: Literal["full", "cheap", "gradient"] = field(
         default="full",
         metadata={
-            "help": "full is the paper's; cheap takes an eighth of the rows, and all candidates in one forward; "
-            "gradient (experimental, not the paper's) estimates the candidates' losses from one backward on as many."
+            "help": "full, cheap or gradient: how candidate losses are measured. full is the paper's; cheap takes an "
+            "eighth of the rows, and all candidates in one forward; gradient (experimental, not the paper's) "
+            "estimates the candidates' losses from one backward on as many."
         },
     )
     probe_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Training rows per candidate loss; default: the global batch (16 with score_rule released; an "
+            "help": "Training rows per candidate loss. Default: the global batch (16 with score_rule released; an "
             "eighth with probe cheap or gradient)."
         },
     )
     probe_max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a probe row, the last ones; default: all (cheap, gradient: an eighth of max_length for "
+            "help": "Tokens of a probe row, the last ones. Default: all (cheap, gradient: an eighth of max_length for "
             "each row of a global batch of fewer than 8)."
         },
     )
     layer_stack: Literal["decoder", "encoder", "both"] = field(
         default="decoder",
-        metadata={"help": "Where a model has more than one list of layers: which of them layers are chosen from."},
+        metadata={"help": "decoder, encoder or both, where a model has two. The layers are chosen from these."},
     )
-    seed: int = field(default=42, metadata={"help": "Seed of adapter initialisation, data order, draws and dropout."})
+    seed: int = field(default=42, metadata={"help": "Of adapter initialisation, data order, draws and dropout."})
 
     def __new__(cls, *args: Any, **keys: Any) -> "ISTConfig":
         if cls is ISTConfig:

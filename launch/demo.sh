@@ -7,8 +7,8 @@
 # Leaves runs/demo/ (launch/README.md lists its files) and runs/demo.json; DEMO_DIR names another folder. At most 15 minutes on two CPU cores, most of it
 # the first time: run again, it goes on where it was stopped and does nothing twice.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
-case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
 say() { printf '\n== %s\n' "$*"; }
 run=${DEMO_DIR:-runs/demo}

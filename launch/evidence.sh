@@ -9,7 +9,7 @@
 # CPU cores; stopped at any time, it goes on from there. Results, tables and pictures go to launch/experiments/ and
 # launch/results/.
 set -euo pipefail
-case ${1:-} in -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 [ -d "${1:-}" ] || { echo "error: DATA must be a folder; got ${1:-nothing}. See launch/evidence.sh --help" >&2; exit 2; }
 data=$(realpath --relative-to="$(dirname "$0")/.." -s "$1")
 shift

@@ -8,8 +8,8 @@
 #
 # HIDDEN, LAYERS, VOCABULARY and LENGTH make it smaller; KINDS=ddp ACCELERATE_USE_CPU=true is a trial without a GPU.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
-case ${1:-} in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 if [ "${1:-}" = --parity ]; then
   launch/setup.sh
   shift

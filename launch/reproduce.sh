@@ -9,10 +9,10 @@
 # the same command goes on. Leaves runs/RECIPE-ARM-SEED/ and results/RECIPE-ARM-SEED/; then, over arms and seeds:
 #   python -m ist.report --results results/RECIPE-*
 set -euo pipefail
-cd "$(dirname "$0")/.."
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; }
 case ${1:-} in -h | --help) usage; exit 0 ;; esac
 if [ $# -lt 2 ]; then usage >&2; exit 2; fi
+cd "$(dirname "$0")/.."
 recipe=$1 arm=$2
 shift 2
 seed=42

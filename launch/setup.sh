@@ -8,17 +8,17 @@
 # Safe to run again: nothing is fetched or built a second time. PYTHON names the Python to build .venv
 # with (3.11 or newer; default python3).
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 tests=false model=false
 for argument in "$@"; do
   case $argument in
     --tests) tests=true ;;
     --model) model=true ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown option $argument; see launch/setup.sh --help" >&2; exit 2 ;;
   esac
 done
+cd "$(dirname "$0")/.."
 
 if [ ! -x .venv/bin/python ]; then
   echo "Creating .venv"

@@ -7,7 +7,7 @@ refuse() {
 }
 
 # The comment below the #SBATCH lines.
-usage() { sed -n '/^#SBATCH/d;/^# /,/^set /{/^set /d;s/^# \{0,1\}//p}' "$script"; }
+usage() { sed -n '1d;/^#SBATCH/d;/^[^#]/q;s/^# \{0,1\}//p' "$script"; }
 
 # begin ARGUMENTS: look at the job that this is.
 begin() {

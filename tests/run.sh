@@ -5,8 +5,8 @@
 #   tests/run.sh --all    and the slow launches, with the demo's model (93 MB, fetched once)
 #   tests/run.sh tests/test_sampler.py -k counts    only these
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
-case ${1:-} in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 if [ "${1:-}" = --all ]; then
   shift
   launch/setup.sh --tests --model

@@ -10,24 +10,27 @@ from typing import Any
 
 from ist.config import ConfigError, ISTConfig
 
-# name -> (module, class of the rule, class of its keys)
+_KEYS = "ist.selection.keys"  # of rules that import torch, which these must not: `--help` lists them
+
+# name -> (module, class of the rule, class of its keys: of the same module, or with its module before it)
 _SAMPLER = ("ist.sampler", "ImportanceSampler", None)
 _FIXED = ("ist.selection.fixed", "FixedLayers", None)
-_SEMANTIC = ("ist.selection.semantic", "SemanticFreezing", "SemanticConfig")
+_SEMANTIC = ("ist.selection.semantic", "SemanticFreezing", f"{_KEYS}.SemanticConfig")
 RULES: dict[str, tuple[str, str, str | None]] = {
     "ist": _SAMPLER,
     "random": _SAMPLER,
     "all": _SAMPLER,
-    "lisa": ("ist.selection.lisa", "LisaSampler", "LisaConfig"),
+    "lisa": ("ist.selection.lisa", "LisaSampler", f"{_KEYS}.LisaConfig"),
     "fixed": (*_FIXED[:2], "FixedConfig"),
     "first": _FIXED,
     "last": _FIXED,
     "semantic": _SEMANTIC,
     "semantic+ist": _SEMANTIC,
-    "id3": ("ist.selection.id3", "StepwiseUnmasking", "ID3Config"),
+    "id3": ("ist.selection.id3", "StepwiseUnmasking", f"{_KEYS}.ID3Config"),
 }
 _HOME = {"CalibratedRule": "ist.selection.rule", "SelectionRule": "ist.selection.rule"}
-_HOME |= {name: module for module, *names in RULES.values() for name in names if name}
+_HOME |= {name: module for module, *names in RULES.values() for name in names if name and "." not in name}
+_HOME |= dict.fromkeys(("LisaConfig", "SemanticConfig", "ID3Config"), _KEYS)
 __all__ = ["RULES", "config_class", "make_rule", "rule_fields", *_HOME]
 
 
@@ -39,7 +42,10 @@ def __getattr__(name: str) -> Any:
 
 def _config_of(selection: str) -> type[ISTConfig]:
     module, _, config = RULES[selection]
-    return getattr(importlib.import_module(module), config) if config else ISTConfig
+    if config is None:
+        return ISTConfig
+    elsewhere, _, name = config.rpartition(".")
+    return getattr(importlib.import_module(elsewhere or module), name)
 
 
 def rule_fields() -> Iterator[tuple[Any, list[str]]]:

@@ -9,7 +9,7 @@ from ist.selection.rule import Unlearned
 @dataclass
 class FixedConfig(ISTConfig):
     fixed_layers: list[int] | None = field(
-        default=None, metadata={"help": "fixed: the layers to train, from 0; N_u at equal distances if not given."}
+        default=None, metadata={"help": "fixed: the layers to train, from 0. Default: N_u at equal distances."}
     )
 
     def __post_init__(self) -> None:

@@ -11,58 +11,19 @@ any number of ranks the budget is met to the scalar.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ist.config import ConfigError, Count, ISTConfig, check, parse_count, resolve_count
+from ist.config import ConfigError
 from ist.distributed import require_agreement
+from ist.selection.keys import ID3Config
 from ist.selection.packed_adamw import PackedAdamW
 from ist.selection.rule import Unlearned
 from ist.selection.shards import all_parts, flat_part, flat_range, part_of, sum_over_parts
 
 # A float32 of 0 or more orders as its bits do: 31 of them, compared in two halves.
 HIGH, LOW = 16, 15
-
-
-@dataclass
-class ID3Config(ISTConfig):
-    """The defaults of exponent and eps: that of the authors' selective_optimizers 0.4, and that of its examples."""
-
-    id3_budget: Count = field(
-        default=0.1,
-        metadata={
-            "help": "id3: B, weights unmasked in the end: a share of those that may train, a count, or all; "
-            "default 0.1."
-        },
-    )
-    id3_steps: int | None = field(
-        default=None, metadata={"help": "id3: T, steps over which they are unmasked; default: all of the run."}
-    )
-    id3_exponent: float = field(
-        default=1.0, metadata={"help": "id3: exp in the score |grad| / (|weight| + eps)^exp; default 1."}
-    )
-    id3_eps: float = field(default=1e-3, metadata={"help": "id3: eps in the score; default 1e-3."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.id3_budget = parse_count("id3_budget", self.id3_budget)
-        if self.id3_steps is not None:
-            check(self.id3_steps >= 1, "id3_steps", "1 or more", self.id3_steps)
-        finite = 0 <= self.id3_exponent < float("inf")
-        check(finite, "id3_exponent", "a finite number, 0 or more", self.id3_exponent)
-        check(0 < self.id3_eps < float("inf"), "id3_eps", "a finite number above 0", self.id3_eps)
-        underflows = f"large enough for its power {self.id3_exponent} to be 1e-30 or more (it divides a gradient)"
-        check(self.id3_eps**self.id3_exponent >= 1e-30, "id3_eps", underflows, self.id3_eps)
-
-    def scalar_budget(self, candidates: int) -> int:
-        """B for a model in which `candidates` scalars may train.
-
-        Raises:
-            ConfigError: it is more than those.
-        """
-        return resolve_count("id3_budget", self.id3_budget, candidates, False, "the scalars that may train")
 
 
 class StepwiseUnmasking(Unlearned):

@@ -1,23 +1,10 @@
 """LISA (Pan et al., NeurIPS 2024, arXiv 2403.17919): layers drawn uniformly, redrawn every K steps."""
 
-from dataclasses import dataclass, field
-
 import torch
 
-from ist.config import ISTConfig, check
 from ist.sampler import seeded_generator
+from ist.selection.keys import LisaConfig
 from ist.selection.rule import Unlearned
-
-
-@dataclass
-class LisaConfig(ISTConfig):
-    lisa_interval: int = field(
-        default=20, metadata={"help": "lisa: K, the steps that drawn layers stay for; 20 if not given."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.lisa_interval >= 1, "lisa_interval", "1 or more", self.lisa_interval)
 
 
 class LisaSampler(Unlearned):

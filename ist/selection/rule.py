@@ -1,12 +1,14 @@
 """The interface of a selection rule, in three parts: every rule, one that observes losses, one that observes a pass."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ist.config import LayerCounts
-from ist.layers import LayerMap
+
+if TYPE_CHECKING:  # `--help` needs the keys of `fixed`, whose rule stands on this file: not torch
+    from torch import Tensor, nn
+
+    from ist.layers import LayerMap
 
 
 class SelectionRule(Protocol):
@@ -37,7 +39,7 @@ class LearnedRule(SelectionRule, Protocol):
     """A rule that learns from losses with suppressed responses: ImportanceSampler's interface."""
 
     @property
-    def importance(self) -> Tensor:
+    def importance(self) -> "Tensor":
         """[N_L] float64, higher is more important."""
 
     def candidates(self, step: int) -> list[list[int]]:
@@ -53,7 +55,7 @@ class CalibratedRule(SelectionRule, Protocol):
 
     calibrated: bool
 
-    def calibrate(self, model: nn.Module, layers: LayerMap, batches: Iterable[dict[str, Tensor]]) -> None:
+    def calibrate(self, model: "nn.Module", layers: "LayerMap", batches: "Iterable[dict[str, Tensor]]") -> None:
         """Make the pass over this rank's share of the rows; called without gradients and dropout."""
 
     def summary(self) -> dict:

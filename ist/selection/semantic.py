@@ -16,7 +16,6 @@ that share of the layers, the one with most gain per layer of backward; and the 
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,40 +23,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ist import distributed
-from ist.config import ConfigError, Count, ISTConfig, LayerCounts, check, parse_count
+from ist.config import ConfigError, LayerCounts
 from ist.layers import LayerMap
 from ist.loss import IGNORE
 from ist.sampler import ImportanceSampler
-
-
-@dataclass
-class SemanticConfig(ISTConfig):
-    min_trained_layers: Count = field(
-        default=0.25,
-        metadata={"help": "semantic rules: layers above the boundary at the least; 0.25 of all if not given."},
-    )
-    semantic_budget: float | None = field(
-        default=None,
-        metadata={
-            "help": "semantic rules: share of the layers that the backward may go through; no limit if not given."
-        },
-    )
-    semantic_rows: int = field(
-        default=64, metadata={"help": "semantic rules: training rows of the pass before training; 64 if not given."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.min_trained_layers = parse_count("min_trained_layers", self.min_trained_layers)
-        if self.semantic_budget is not None:
-            check(0 < self.semantic_budget < 1, "semantic_budget", "in (0, 1)", self.semantic_budget)
-        check(self.semantic_rows >= 1, "semantic_rows", "1 or more", self.semantic_rows)
-        allowed = "decoder: semantic compares hidden states with the tokens that a decoder predicts"
-        check(self.layer_stack == "decoder", "layer_stack", allowed, self.layer_stack)
-
-    @property
-    def calibrates(self) -> bool:
-        return True
+from ist.selection.keys import SemanticConfig
 
 
 class SemanticBases:

@@ -1,22 +1,24 @@
-"""The keys of train_ist.py by group, the checks across them, and the values that a run resolves them to."""
+"""The keys of train_ist.py by group, and the checks across them; read before anything that imports torch.
+
+The first sentence of a key's help is its phrase in `--help`; `--help GROUP` has the whole.
+"""
 
 import math
 import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass, replace
-from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, get_origin
-
-import torch
-from accelerate.utils import broadcast_object_list
 
 from ist.config import ConfigError, Count, ISTConfig
 from ist.selection import RULES, rule_fields
 from ist.training.command_line import UsageError, as_usage_error, parse_arguments, require
-from ist.training.trackers import KNOWN as TRACKERS
+from ist.training.synonyms import SYNONYMS
+
+TRACKERS = (  # Accelerate's
+    *("aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"),
+)
 
 # A resumed run may change the `free_keys` of each group, which say where and how it reports and saves, or change its
 # speed and memory alone; and the `content_keys`, where the digests of what they name are equal.
@@ -32,11 +34,17 @@ class ModelArguments:
     free_keys = ("attn_implementation", "trust_remote_code")
     content_keys = ("model_name_or_path",)
 
-    model_name_or_path: str = field(metadata={"help": "A model on the Hub or in a folder."})
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Of the base weights; adapters are float32.")
+    model_name_or_path: str = field(metadata={"help": "A model on the Hub, or a folder."})
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "auto, float32 or bfloat16, of the base weights. Adapters are always float32; auto is the type in "
+        "which the weights were saved.",
+    )
     attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    load_in_4bit: bool = option(False, "QLoRA: base weights as 4-bit NF4 (bitsandbytes), computed in --dtype.")
+    load_in_4bit: bool = option(
+        False, "QLoRA: 4-bit base weights. NF4 with double quantisation, by bitsandbytes; computed in --dtype."
+    )
 
 
 @dataclass(frozen=True)
@@ -51,36 +59,45 @@ class DataArguments:
 
     train_file: list[str] | None = option(
         None,
-        "Files, folders or patterns of rows: JSON, JSONL, CSV, TSV, Parquet, Arrow, .txt (its lines), each also .gz.",
+        "Rows: files, folders or patterns, one or several. JSON, JSONL, CSV, TSV, Parquet, Arrow, .txt (its lines), "
+        "each also .gz. This or dataset_name is required.",
     )
-    dataset_name: str | None = option(None, "Instead: a dataset on the Hub, or one that was saved to disk.")
-    dataset_config: str | None = option(None, "Configuration of the dataset on the Hub (gsm8k: main).")
-    dataset_split: str = option("train", "Its split; of --train_file, the split of a folder that save_to_disk wrote.")
+    dataset_name: str | None = option(
+        None, "Instead of train_file: a dataset on the Hub. Or a folder that save_to_disk wrote."
+    )
+    dataset_config: str | None = option(None, "Its configuration on the Hub. gsm8k has main and socratic.")
+    dataset_split: str = option("train", "Its split. With train_file: the split of a folder that save_to_disk wrote.")
     column_mapping: list[str] | None = option(
-        None, "Other names of columns, THEIRS=OURS: question=instruction answer=output; tools= leaves one out."
+        None, "Columns of other names, THEIRS=OURS. question=instruction answer=output; tools= leaves a column out."
     )
-    max_samples: int | None = option(
-        None, "At most so many training rows, the first ones; with train_weights, of each file."
-    )
+    max_samples: int | None = option(None, "Training rows at most, the first ones. With train_weights: of each file.")
     train_weights: list[float] | None = option(
-        None, "How often the rows of each train_file come in an epoch, one number each (0.5: its first half)."
+        None, "How often each train_file comes in an epoch. One number for each file; 0.5 is its first half."
     )
-    validation_file: list[str] | None = option(None, "Rows to measure validation loss on.")
+    validation_file: list[str] | None = option(None, "Rows to measure the validation loss on.")
     validation_size: float = option(
-        0, "Instead: take this share (below 1) or number of training rows; the same rows whatever the seed."
+        0, "Instead: a share (below 1) or number of the training rows. They are the same rows whatever the seed."
     )
-    max_length: int = option(1024, "Tokens of a row.")
-    overlong: Literal["truncate", "drop", "error"] = option("truncate", "What becomes of a row of more tokens.")
-    preprocessing_num_workers: int | None = option(None, "Processes that tokenise.")
+    max_length: int = option(1024, "Tokens of a row. What becomes of longer ones says overlong.")
+    overlong: Literal["truncate", "drop", "error"] = option(
+        "truncate", "What becomes of longer rows: truncate, drop or error."
+    )
+    preprocessing_num_workers: int | None = option(None, "Processes that tokenise. Default: one.")
     prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = option(
-        "alpaca", "llm_adapters: the paper's, to the byte; chat: the tokenizer's; none: instruction + input + output."
+        "alpaca",
+        "alpaca, llm_adapters, chat or none. llm_adapters is the paper's, to the byte; chat is the tokenizer's chat "
+        "template; none is instruction + input + output.",
     )
     chat_template: str | None = option(
-        None, "In the place of the tokenizer's: a file, or one of trl's (needs trl), such as qwen3; x lists them."
+        None,
+        "Instead of the tokenizer's: a file, or a name of TRL's. Such as qwen3 (needs trl; an unknown name lists "
+        "them); with prompt_template chat.",
     )
-    completion_only_loss: bool = option(False, "Loss on the answer (all assistant turns) only.")
-    show_rows: int | None = option(None, "Print so many training rows, what is learnt of them in ⟦ ⟧, and stop.")
-    packing: bool = option(False, "Rows of a micro-batch end to end instead of padded, each attending to itself alone.")
+    completion_only_loss: bool = option(False, "Loss on the answers only. In chats: on all turns of the assistant.")
+    show_rows: int | None = option(
+        None, "Print so many rows and what is learnt of them, and stop. Learnt is what stands between ⟦ and ⟧."
+    )
+    packing: bool = option(False, "No padding: rows of a micro-batch end to end. Each attends to itself alone.")
 
     def __post_init__(self) -> None:
         if (self.train_file is None) == (self.dataset_name is None):
@@ -111,25 +128,29 @@ class AdapterArguments:
 
     peft_method: Literal["lora", "series", "parallel", "none"] = option(
         "lora",
-        "LoRA, or a bottleneck adapter after (series) or beside (parallel) each target; none trains the model's own "
-        "weights.",
+        "lora, series or parallel adapters; none trains the weights. A bottleneck adapter stands after (series) or "
+        "beside (parallel) each target; none is full fine-tuning, of the layers that are selected.",
     )
     lora_r: int = option(32, "Rank.")
     lora_alpha: int = option(64, "Scaling is lora_alpha / lora_r.")
     lora_dropout: float = option(0.05, "Dropout on the adapter's input.")
     target_modules: list[str] | None = option(
         None,
-        "Names of the modules to adapt; default q, k, v, up, down or the architecture's equivalents (lora), "
-        "up, down (series), up, gate (parallel).",
+        "Names of the modules to adapt. Default: q, k, v, up, down or the architecture's equivalents (lora); up, "
+        "down (series); up, gate (parallel).",
     )
     bottleneck_size: int = option(256, "Width of series and parallel adapters.")
     peft_config: str | None = option(
-        None, "Instead of all other adapter keys: a JSON file, any PEFT configuration as adapter_config.json has it."
+        None,
+        "Any PEFT method: a JSON file like adapter_config.json. Instead of all other adapter keys: DoRA, rsLoRA, "
+        "AdaLoRA, ... with their own settings.",
     )
     adapter_name_or_path: str | None = option(
-        None, "Instead: go on from an adapter, a run's adapter/ or one on the Hub, with its configuration and weights."
+        None,
+        "Go on from an adapter, with its configuration. A run's adapter/ or one on the Hub, with its weights; "
+        "instead of all other adapter keys.",
     )
-    keep_importance: bool = option(False, "Begin with the scores of the run that the adapter is of, not with zero.")
+    keep_importance: bool = option(False, "Begin with the scores of that adapter's run, not with zero.")
 
     def __post_init__(self) -> None:
         if self.target_modules:
@@ -157,22 +178,24 @@ class TrainArguments:
     learning_rate: float = option(2e-4, "Peak learning rate.")
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = option("linear", "Schedule after the warm-up.")
-    warmup_steps: float = option(100, "Steps of linear warm-up; below 1, a share of all steps.")
+    ] = option("linear", "linear, cosine, constant, ...: the schedule after the warm-up.")
+    warmup_steps: float = option(100, "Steps of linear warm-up. Below 1: a share of all steps.")
     num_train_epochs: float = option(3.0, "Passes over the rows.")
-    max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.")
+    max_steps: int = option(-1, "Optimizer steps; -1: as num_train_epochs says.")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = option(
-        "adamw_torch", "8-bit: bitsandbytes'."
+        "adamw_torch",
+        "adamw_torch, adamw_torch_fused, adamw_8bit or paged_adamw_8bit. The 8-bit ones are bitsandbytes'.",
     )
     optimizer_state: Literal["keep", "drop", "offload"] = option(
         "keep",
-        "Moments of resting layers: drop (zero when drawn again), or offload to the CPU (but for saves).",
+        "Moments of resting layers: keep, drop or offload. drop: they are zero when the layer is drawn again; "
+        "offload: on the CPU (but for saves).",
     )
     weight_decay: float = option(0.0, "AdamW's.")
-    max_grad_norm: float = option(1.0, "Clip the norm of the trained layers' gradient; 0: do not.")
-    bf16: bool | None = option(None, "Mixed precision: autocast to bfloat16; default: as accelerate launch says.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward (non-reentrant).")
-    torch_compile: bool = option(False, "Compile each layer (not the whole model: its graph changes with the draw).")
+    max_grad_norm: float = option(1.0, "Clip the gradient of the trained layers; 0: do not.")
+    bf16: bool | None = option(None, "Mixed precision: autocast to bfloat16. Default: as accelerate launch says.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward. Non-reentrant.")
+    torch_compile: bool = option(False, "Compile each layer. Not the whole model: its graph changes with the draw.")
     torch_compile_backend: str = option("inductor", "Of torch.compile.")
 
     def __post_init__(self) -> None:
@@ -191,6 +214,8 @@ class TrainArguments:
                 "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
             )
         if self.torch_compile:
+            import torch
+
             if torch.__version__ < (2, 13):
                 raise UsageError(
                     f"--torch_compile true needs torch 2.13 or newer; {torch.__version__} compiles wrong gradients of "
@@ -219,26 +244,38 @@ class RunArguments:
     )
 
     output_dir: str | None = option(
-        None, "Default runs/{run_name or recipe}-{WANDB_RUN_ID or start time}; {run_id} and {seed} are filled in."
+        None,
+        "Default runs/{run_name or recipe}-{start time or W&B id}. {run_id} and {seed} in it are filled in; {run_id}"
+        " is WANDB_RUN_ID, or the start time.",
     )
     logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.")
-    eval_steps: int | None = option(None, "Steps between two validations; first and last step are always validated.")
-    save_steps: int | None = option(None, "Steps between two checkpoints.")
-    save_total_limit: int | None = option(None, "Checkpoints to keep; the best one is kept besides.")
-    load_best_model_at_end: bool = option(False, "adapter/ is the one of lowest validation loss, not the last.")
-    resume_from_checkpoint: str = option("none", "none; auto: the newest whole checkpoint, else start; or a path.")
+    eval_steps: int | None = option(
+        None, "Steps between two validations. The first and the last step are always validated."
+    )
+    save_steps: int | None = option(None, "Steps between two checkpoints. Default: only where the run is stopped.")
+    save_total_limit: int | None = option(None, "Checkpoints to keep, and the best one. Default: all.")
+    load_best_model_at_end: bool = option(False, "adapter/ is that of the lowest validation loss, not the last.")
+    resume_from_checkpoint: str = option(
+        "none",
+        "none, auto or a checkpoint's folder. auto: the newest whole checkpoint in output_dir; where there is none, "
+        "start.",
+    )
     report_to: list[str] = field(
         default_factory=lambda: ["wandb"],
-        metadata={"help": f"Trackers ({', '.join(TRACKERS)}), all, or none; the files are always written."},
+        metadata={
+            "help": f"Trackers, one or several; all; or none. Of {', '.join(TRACKERS)}; the files are always written."
+        },
     )
-    run_name: str | None = option(None, "Default: the recipe's name.")
+    run_name: str | None = option(
+        None, "Default: the recipe's name. It names the run folder, and the run in the trackers."
+    )
     log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
     push_to_hub: bool = option(False, "Push adapter/ (model/) to the Hub at the end of the run.")
-    hub_model_id: str | None = option(None, "Its name there; default: that of the run folder.")
+    hub_model_id: str | None = option(None, "Its name there. Default: that of the run folder.")
     hub_private_repo: bool | None = option(None, "A private repository, unless this is false.")
-    hub_base_model: str | None = option(None, "The base model's name on the Hub, where model_name_or_path is a folder.")
-    ddp_timeout: int = option(1800, "Seconds that a process waits for the others in a collective, before it fails.")
-    plan: bool = option(False, "Predict the peak memory of each device, say whether it fits, and stop.")
+    hub_base_model: str | None = option(None, "Name of the base model on the Hub, where it is a folder here.")
+    ddp_timeout: int = option(1800, "Seconds that processes wait for each other. In a collective, before it fails.")
+    plan: bool = option(False, "Predict the peak memory of each device, and stop. Says whether it fits.")
 
     def __post_init__(self) -> None:
         names = [name for part in self.report_to for name in part.split(",") if name]
@@ -268,7 +305,9 @@ def _selection_arguments() -> type:
     def argument(key: Field, optional: bool) -> tuple[str, Any, Any]:
         if optional:
             kind = plain.get(key.type, key.type)
-            return key.name, kind if get_origin(kind) is UnionType else kind | None, option(None, key.metadata["help"])
+            kind = kind if get_origin(kind) is UnionType else kind | None
+            metadata = {"help": key.metadata["help"], "default": key.default}  # None: not given, as for other rules
+            return key.name, kind, field(default=None, metadata=metadata)
         kind = Literal[tuple(RULES)] if key.name == "selection" else plain.get(key.type, key.type)
         default = str(key.default) if kind is str else key.default
         return key.name, kind, option(default, key.metadata["help"])
@@ -336,13 +375,19 @@ def parse_training_arguments(argv: Sequence[str], description: str) -> tuple[Arg
     """(all keys, those of the method as its config, path of the recipe).
 
     Raises:
-        UsageError: an unknown key, a bad value, or keys that do not go together.
+        UsageError: an unknown key, a bad value, or keys that do not go together or with the launcher.
     """
+    args, config, recipe = read_arguments(argv, description)
+    return _with_precision(args), config, recipe
+
+
+def read_arguments(argv: Sequence[str], description: str) -> tuple[Arguments, ISTConfig, str | None]:
+    """The same, whatever the launcher says."""
     own = [key.name for key in fields(AdapterArguments) if key.name != "keep_importance"]
     alone = {whole: [key for key in own if key != whole] for whole in ("peft_config", "adapter_name_or_path")}
-    *groups, recipe = parse_arguments(ARGUMENTS, argv, description, alone)
+    *groups, recipe = parse_arguments(ARGUMENTS, argv, description, alone, SYNONYMS)
     config = next(group.config for group in groups if isinstance(group, SelectionArguments))
-    args = _with_precision(Arguments.joined(groups))
+    args = Arguments.joined(groups)
     _require_consistent(args)
     return args, config, recipe
 
@@ -381,48 +426,3 @@ def _require_consistent(args: Arguments) -> None:
         raise UsageError("--load_best_model_at_end needs --eval_steps.")
     if args.selection == "id3" and args.optim != "adamw_torch":
         raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")
-
-
-def resolve_output_dir(args: Resolved, recipe: str | None) -> Resolved:
-    """Name the run and its folder.
-
-    Raises:
-        UsageError: resume_from_checkpoint auto, and nothing names the folder.
-    """
-    if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
-        raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
-    named = None if args.output_dir else args.run_name  # with an output_dir it is the tracker's name alone
-    for key, value in (("--run_name", named), ("WANDB_RUN_ID", os.environ.get("WANDB_RUN_ID"))):
-        if value is not None and (value in ("", ".", "..") or set(value) & set("/\\\0\n")):
-            raise UsageError(f"{key} is a part of the run folder's name and must not hold a path; got {value!r}.")
-    run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
-    started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
-    run_id = os.environ.get("WANDB_RUN_ID", started)
-    template = args.output_dir or f"runs/{run_name}-{{run_id}}"
-    output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
-    return Resolved.of(args, run_name=run_name, output_dir=output_dir)
-
-
-def resolve_batches(args: Resolved, config: ISTConfig, processes: int, resumed_batch_size: int | None) -> Resolved:
-    """Set the global batch and the rows of a probe; a resumed run keeps its global batch by accumulating otherwise.
-
-    Raises:
-        UsageError: the rows of one micro-batch on all processes do not divide `resumed_batch_size`.
-    """
-    size = args.per_device_train_batch_size
-    round_size, accumulation = size * processes, args.gradient_accumulation_steps
-    if resumed_batch_size:
-        if resumed_batch_size % round_size:
-            raise UsageError(
-                f"--per_device_train_batch_size {size} cannot make up the run's global batch of {resumed_batch_size} "
-                f"rows, {round_size} rows at a time. Choose another size or number of processes."
-            )
-        accumulation = resumed_batch_size // round_size
-    batch_size = round_size * accumulation
-    return Resolved.of(
-        args,
-        gradient_accumulation_steps=accumulation,
-        global_batch_size=batch_size,
-        probe_batch_size=config.probe_rows(batch_size),
-        probe_max_length=config.probe_tokens(batch_size, args.max_length),
-    )

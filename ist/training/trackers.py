@@ -12,7 +12,6 @@ from accelerate.utils import LoggerType
 
 from ist.training.command_line import UsageError, brief
 
-KNOWN = tuple(str(kind) for kind in LoggerType if str(kind) != "all")
 _NAMED = {  # how each takes the name of a run, which is not the project's
     **{"mlflow": "run_name", "swanlab": "experiment_name", "trackio": "name", "clearml": "task_name"},
     "wandb": "name",
@@ -20,22 +19,31 @@ _NAMED = {  # how each takes the name of a run, which is not the project's
 
 
 def tracker_names(report_to: Sequence[str]) -> list[str]:
-    """The trackers of --report_to: none of `none`, of `all` those that are installed."""
-    if "all" in report_to:
-        return [str(name) for name in get_available_trackers()]
-    return [name for name in dict.fromkeys(report_to) if name != "none"]
+    """The trackers of --report_to: none of `none`, of `all` those that are installed; WANDB_DISABLED takes W&B out."""
+    names = [str(name) for name in get_available_trackers()] if "all" in report_to else dict.fromkeys(report_to)
+    return [name for name in names if name != "none" and not (name == "wandb" and _wandb_is_disabled())]
+
+
+def _wandb_is_disabled() -> bool:
+    """By the variable that transformers 4 took."""
+    return os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
 
 
 def require_trackers(report_to: Sequence[str]) -> None:
     """Stop now, not after the model is loaded, when a tracker cannot start."""
     names = tracker_names(report_to)
+    if "wandb" in report_to and _wandb_is_disabled() and os.environ.get("RANK", "0") == "0":
+        print("WANDB_DISABLED is set: W&B is left out.")
     available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in available:
             raise UsageError(f"--report_to {name} needs a package: pip install {name}.")
-    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+    if "wandb" in names:
         import wandb
 
+        # WANDB_MODE, else what `wandb offline` or `wandb disabled` has written into wandb/settings.
+        if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) in ("offline", "disabled", "dryrun"):
+            return
         try:
             reason = "" if wandb.login(prompt=False) else "finds no W&B login"
         except Exception as error:  # a wrong key, a service out of reach

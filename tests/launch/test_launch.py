@@ -1,5 +1,6 @@
 """The scripts in launch/: help with nothing installed, what they refuse, shellcheck; signals that are blocked."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import pytest
 from support import ROOT
 
 SCRIPTS = sorted({*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")} - {ROOT / "launch/slurm.sh"})
+WITH_HELP = [*SCRIPTS, ROOT / "tests/run.sh", ROOT / ".ci/run"]
 JOBS = [script for script in SCRIPTS if script.suffix == ".sbatch"]
 
 
@@ -30,6 +32,16 @@ def test_help_needs_nothing(script):
         assert len(result.stdout.splitlines()) >= 4
         assert "set -euo" not in result.stdout
         assert not result.stderr
+
+
+@pytest.mark.parametrize("script", WITH_HELP, ids=lambda script: script.name)
+def test_help_is_the_comment_at_the_top_and_nothing_else(script):
+    lines = [line for line in script.read_text().splitlines()[1:] if not line.startswith("#SBATCH")]
+    head = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    for where, name in ((ROOT, script.relative_to(ROOT)), (script.parent, script.name)):
+        done = subprocess.run(["bash", str(name), "--help"], cwd=where, capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [line[2:] for line in head]
 
 
 def test_there_are_scripts():

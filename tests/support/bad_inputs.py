@@ -76,7 +76,8 @@ OUT_OF_RANGE = {
 TYPED = {
     **dict.fromkeys(("max_steps", "lora_r", "save_steps", "seed", "max_length"), ("many", "1.5", "1e3", "0x10", "1,5")),
     **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps"), ("1e", "1,5", "0x1p", "one", "[1]", "--1")),
-    **dict.fromkeys(("bf16", "packing", "load_in_4bit", "completion_only_loss"), ("maybe", "2", "None", "truee")),
+    **dict.fromkeys(("packing", "load_in_4bit", "completion_only_loss"), ("maybe", "2", "None", "truee")),
+    "bf16": ("maybe", "2", "[true]", "truee"),
     **dict.fromkeys(
         ("selection", "optim", "dtype", "prompt_template", "report_to"), ("none-such", "{}", "NONE", "ist ")
     ),

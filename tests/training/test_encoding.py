@@ -265,7 +265,7 @@ def test_a_run_on_rows_of_many_kinds(arguments, tmp_path, capsys):
         ({"train_weights": "1,2"}, "--train_weights"),
         ({"train_weights": 0}, "--train_weights must be finite numbers above 0; got 0.0"),
         ({"max_samples": 0}, "--max_samples must be 1 or more; got 0"),
-        ({"overlong": "cut"}, "--overlong: invalid choice: 'cut'"),
+        ({"overlong": "cut"}, "--overlong must be one of truncate, drop, error; got cut"),
         ({"chat_template": "x.jinja"}, "--chat_template needs --prompt_template chat; got alpaca"),
         ({"dataset_config": "main"}, "--dataset_config needs --dataset_name"),
         ({"preprocessing_num_workers": 0}, "--preprocessing_num_workers must be 1 or more; got 0"),

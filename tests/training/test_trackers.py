@@ -1,13 +1,17 @@
 """Trackers, one or several: what they get, and one that fails or cannot start."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import wandb
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
-from support import of_type, offline_records, read_lines
+from support import ROOT, of_type, offline_records, read_lines
 from support.runs import assert_same_adapter, cut_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,6 +47,37 @@ def test_a_tracker_that_cannot_start(train, tmp_path, monkeypatch, capsys):
     assert train(output_dir=cut, **options) == 0
     assert f"wandb cannot start (the service is out of reach); {cut} has everything." in capsys.readouterr().err
     assert_same_adapter(cut, whole)
+
+
+def required(folder, **environment) -> subprocess.CompletedProcess:
+    """What train_ist.py finds of W&B before it trains, in a folder, by someone who has not logged in."""
+    code = "from ist.training.trackers import require_trackers, tracker_names; require_trackers(['wandb'])"
+    code += "; print(tracker_names(['wandb']), tracker_names(['wandb', 'tensorboard']))"
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    ours |= {"HOME": str(folder), "PYTHONPATH": str(ROOT), **environment}
+    done = [sys.executable, "-c", code]
+    return subprocess.run(done, cwd=folder, env=ours, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_the_settings_of_wandb_count(tmp_path, mode):
+    """`wandb offline` and `wandb disabled` write wandb/settings in the working directory."""
+    without = required(tmp_path)
+    assert "finds no W&B login: run `wandb login`" in without.stderr
+    wandb_command = Path(sys.executable).with_name("wandb")
+    environment = os.environ | {"HOME": str(tmp_path)}
+    subprocess.run([wandb_command, mode], cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=True)
+    assert (tmp_path / "wandb/settings").exists()
+    done = required(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "finds no W&B login" in required(tmp_path, WANDB_MODE="online").stderr  # the variable goes before
+
+
+def test_wandb_disabled_leaves_wandb_out(tmp_path):
+    done = required(tmp_path, WANDB_DISABLED="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "WANDB_DISABLED is set: W&B is left out.\n[] ['tensorboard']\n"
+    assert "finds no W&B login" in required(tmp_path, WANDB_DISABLED="false").stderr
 
 
 def test_several_trackers_get_the_same_numbers(train, tmp_path, monkeypatch):

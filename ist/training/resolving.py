@@ -1,0 +1,56 @@
+"""Values that a run gives its arguments: its name and folder, its global batch, the rows of a probe."""
+
+import os
+import time
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from ist.config import ISTConfig
+from ist.training.arguments import Resolved
+from ist.training.command_line import UsageError
+
+
+def resolve_output_dir(args: Resolved, recipe: str | None) -> Resolved:
+    """Name the run and its folder.
+
+    Raises:
+        UsageError: resume_from_checkpoint auto, and nothing names the folder.
+    """
+    if args.resume_from_checkpoint == "auto" and not args.output_dir and "WANDB_RUN_ID" not in os.environ:
+        raise UsageError("--resume_from_checkpoint auto needs --output_dir: the default folder is a new one each time.")
+    named = None if args.output_dir else args.run_name  # with an output_dir it is the tracker's name alone
+    for key, value in (("--run_name", named), ("WANDB_RUN_ID", os.environ.get("WANDB_RUN_ID"))):
+        if value is not None and (value in ("", ".", "..") or set(value) & set("/\\\0\n")):
+            raise UsageError(f"{key} is a part of the run folder's name and must not hold a path; got {value!r}.")
+    run_name = args.run_name or (Path(recipe).stem if recipe else "ist")
+    started = broadcast_object_list([time.strftime("%Y%m%d-%H%M%S")])[0]
+    run_id = os.environ.get("WANDB_RUN_ID", started)
+    template = args.output_dir or f"runs/{run_name}-{{run_id}}"
+    output_dir = template.replace("{run_id}", run_id).replace("{seed}", str(args.seed))
+    return Resolved.of(args, run_name=run_name, output_dir=output_dir)
+
+
+def resolve_batches(args: Resolved, config: ISTConfig, processes: int, resumed_batch_size: int | None) -> Resolved:
+    """Set the global batch and the rows of a probe; a resumed run keeps its global batch by accumulating otherwise.
+
+    Raises:
+        UsageError: the rows of one micro-batch on all processes do not divide `resumed_batch_size`.
+    """
+    size = args.per_device_train_batch_size
+    round_size, accumulation = size * processes, args.gradient_accumulation_steps
+    if resumed_batch_size:
+        if resumed_batch_size % round_size:
+            raise UsageError(
+                f"--per_device_train_batch_size {size} cannot make up the run's global batch of {resumed_batch_size} "
+                f"rows, {round_size} rows at a time. Choose another size or number of processes."
+            )
+        accumulation = resumed_batch_size // round_size
+    batch_size = round_size * accumulation
+    return Resolved.of(
+        args,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=batch_size,
+        probe_batch_size=config.probe_rows(batch_size),
+        probe_max_length=config.probe_tokens(batch_size, args.max_length),
+    )
