@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import bitsandbytes
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoConfig, get_scheduler
 
-from ist.distributed import broadcast_from_main, require_agreement, require_sharded
+from ist.distributed import broadcast_from_main, from_main, of_all_ranks, require_sharded
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError
@@ -46,27 +46,23 @@ def make_scheduler(args: Arguments, optimizer: torch.optim.Optimizer, max_steps:
 def _load_on_main(args: Arguments, peft_config: PeftConfig | None, accelerator: Accelerator) -> nn.Module:
     """The model on the main process; on the others its shapes, whose contents come from there as Accelerate shards it.
 
-    Every rank loads it whole where packed weights are (each to its own device), or an adapter begins from the weights.
+    Every rank loads it whole where packed weights are (each to its own device), or an adapter begins from the weights,
+    or PEFT makes it otherwise without them (AdaLoRA).
     """
     plugin, skeleton = accelerator.state.fsdp_plugin, None
     config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     packed = args.load_in_4bit or getattr(config, "quantization_config", None) is not None
     if plugin.cpu_ram_efficient_loading and not packed:
-        try:
+        with suppress(UsageError):
             skeleton = load_skeleton(args, peft_config, config)
-        except UsageError:
-            skeleton = None
-    if skeleton is None or _has_other_tensors(skeleton):
+    shapes = None if skeleton is None or _has_other_tensors(skeleton) else skeleton
+    main_alone = accelerator.is_main_process or shapes is None
+    model = load_model(args, peft_config, accelerator.device) if main_alone else shapes
+    from_main(lambda: None, UsageError)  # where the others wait without a time limit
+    if shapes is None or len(set(of_all_ranks(_listing(model)))) > 1:
         plugin.cpu_ram_efficient_loading = False
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # where transformers looks
-        return load_model(args, peft_config, accelerator.device)
-    model = load_model(args, peft_config, accelerator.device) if accelerator.is_main_process else skeleton
-    listed = [
-        (name, str(t.dtype), list(t.shape), t.requires_grad)
-        for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        for name, t in named
-    ]
-    require_agreement("the tensors of the model", json_digest(listed))
+        return model if main_alone else load_model(args, peft_config, accelerator.device)
     for module in model.modules():
         # The optimizer knows its parameters by their addresses, and Accelerate sends no buffers.
         own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad and p.is_meta}
@@ -78,6 +74,12 @@ def _load_on_main(args: Arguments, peft_config: PeftConfig | None, accelerator: 
     for _, buffer in model.named_buffers(remove_duplicate=False):
         broadcast_from_main([buffer], accelerator.device)
     return model
+
+
+def _listing(model: nn.Module) -> str:
+    """A digest of names, types, shapes, and what trains."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return json_digest([(name, str(t.dtype), list(t.shape), t.requires_grad) for name, t in named])
 
 
 def _has_other_tensors(skeleton: nn.Module) -> bool:
