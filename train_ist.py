@@ -20,6 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ist.training.packages import require_packages
+
+require_packages()
+
 from ist.training.command_line import quiet_known_warnings
 
 quiet_known_warnings()

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from ist.config import ConfigError, Count, ISTConfig
 from ist.selection import RULES, rule_fields
 from ist.training.command_line import UsageError, as_usage_error, parse_arguments, require
+from ist.training.packages import require_package
 from ist.training.trackers import KNOWN as TRACKERS
 
 # A resumed run may change the `free_keys` of each group, which say where and how it reports and saves, or change its
@@ -37,6 +38,10 @@ class ModelArguments:
     attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     load_in_4bit: bool = option(False, "QLoRA: base weights as 4-bit NF4 (bitsandbytes), computed in --dtype.")
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit:
+            require_package("bitsandbytes", "--load_in_4bit true")
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,8 @@ class TrainArguments:
             raise UsageError(
                 "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
             )
+        if self.optim.endswith("8bit"):
+            require_package("bitsandbytes", f"--optim {self.optim}")
         if self.torch_compile:
             if torch.__version__ < (2, 13):
                 raise UsageError(
