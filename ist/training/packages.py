@@ -27,7 +27,7 @@ PACKAGES = {
     "transformers": Package("5.0", "4.57 has no quantizers.base.get_keys_to_not_convert, and wants huggingface_hub 0"),
     "peft": Package("0.18", "0.17 imports HybridCache, which transformers 5 has not"),
     "accelerate": Package("1.10", "1.9 has no Accelerator.parallelism_config"),
-    "datasets": Package("3.0", "older ones have not been tried in a run"),
+    "datasets": Package("4.3", "4.2 has no fingerprint in Dataset.from_generator"),
     "safetensors": Package("0.4.3", "transformers 5.0 refuses 0.4.2"),
     "bitsandbytes": Package("0.46.1", "transformers 5.0 refuses 0.46.0", "`load_in_4bit`, 8-bit `optim`"),
     "matplotlib": Package("3.7", "3.6 puts no legend outside of the axes", "pictures"),
