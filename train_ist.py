@@ -22,10 +22,12 @@ from typing import Any
 
 from ist.training.arguments import looks_only, parse_training_arguments, read_arguments
 from ist.training.command_line import check_command_line, quiet_known_warnings
+from ist.training.packages import require_packages
 
 quiet_known_warnings()
 if __name__ == "__main__":  # --help, and bad arguments: before the imports below, which take seconds
     check_command_line(partial(read_arguments, description=__doc__.split("\n")[0]))
+    require_packages()
 
 import torch
 from accelerate import Accelerator

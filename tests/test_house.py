@@ -14,6 +14,7 @@ from support.documents import markdown_files, published
 
 from ist.analyze.results import agreement_table
 from ist.benchmark.command import published_table
+from ist.training import packages
 from launch.experiments.tables import experiment_table
 
 METHOD = (
@@ -180,6 +181,7 @@ TABLES = {
     },
     **{name: lambda name=name: experiment(name) for name in ("arithmetic", "wikitext-2", "commonsense")},
     "limits": method_table.limits_table,
+    "packages": packages.as_table,
 }
 
 
@@ -223,6 +225,8 @@ FOREIGN = {
         "target",
         "repo",
         "old",
+        "oldest",
+        "oldest-but-torch",
         "durations",
         "dist",
     ),  # scripts, pip, pytest

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LilyConfig, LoraConfig, get_peft_model
-from support import read_lines, tiny_config
+from peft import LoraConfig, get_peft_model
+from support import peft_class, read_lines, tiny_config
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from ist import probe
@@ -18,15 +18,15 @@ from ist.tuner import PROBES
 
 CANDIDATES = [[0, 2], [1, 2, 4], [3, 4]]
 CONFIGS = {
-    "lora": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False),
-    "series": SeriesConfig(bottleneck_size=8, target_modules=["up_proj"]),
-    "lily": LilyConfig(r=4, num_B=2, stride_A=1, target_modules=["q_proj", "down_proj"]),
+    "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False),
+    "series": lambda: SeriesConfig(bottleneck_size=8, target_modules=["up_proj"]),
+    "lily": lambda: peft_class("LilyConfig")(r=4, num_B=2, stride_A=1, target_modules=["q_proj", "down_proj"]),
 }
 
 
 def adapted(name: str, n_layers: int = 5):
     torch.manual_seed(0)
-    model = get_peft_model(LlamaForCausalLM(tiny_config(n_layers)), CONFIGS[name]).train()
+    model = get_peft_model(LlamaForCausalLM(tiny_config(n_layers)), CONFIGS[name]()).train()
     for parameter in model.parameters():
         if parameter.requires_grad:  # every response is felt
             torch.nn.init.normal_(parameter, std=0.2)

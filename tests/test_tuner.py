@@ -5,13 +5,12 @@ import torch
 from peft import (
     LoraConfig,
     ShiraConfig,
-    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
-from support import tiny_config
+from support import peft_class, tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -51,7 +50,10 @@ def test_what_layers_share_belongs_to_none_of_them():
     assert layers.outside == layers.shared
     assert len(layers.shared) == 1
     assert "vector_bank" in layers.shared[0]
-    unilora = UniLoraConfig(r=2, target_modules=["q_proj"])  # one vector for the whole model
+
+
+def test_one_vector_for_the_whole_model_is_refused():
+    unilora = peft_class("UniLoraConfig")(r=2, target_modules=["q_proj"])
     with pytest.raises(ConfigError, match="no layer can rest while another trains"):
         LayerMap(get_peft_model(LlamaForCausalLM(tiny_config()), unilora))
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft import AdaLoraConfig, PeftConfig, PeftType
+from peft import AdaLoraConfig, PeftConfig
 
 # Capabilities that a method may lack: a response of each layer; weights packed in 4 bits under it; FSDP2; a gate
 # for each row of a batch (the cheap probe measures its candidates one by one without).
@@ -10,20 +10,21 @@ RESPONSE, FOUR_BIT, FSDP, ROW_GATES = "a response of each layer", "4-bit weights
 
 # Packed weights look like floats, and give errors or nonsense.
 _PLAIN = "it computes with the base weights themselves, which are packed (4-bit, or another quantisation)"
-LIMITS: dict[PeftType, dict[str, str]] = {
-    PeftType.ADAPTION_PROMPT: {RESPONSE: "it adds prompts inside attention"},
-    PeftType.POLY: {RESPONSE: "it routes whole tasks to adapters, and there are no tasks here"},
-    PeftType.SHADOW: {RESPONSE: "it runs a second model in parallel with the layers"},
-    PeftType.XLORA: {RESPONSE: "it mixes adapters that were trained before"},
-    PeftType.LILY: {ROW_GATES: "its router takes means over all rows of a batch"},
+# By peft_type as text: an older PEFT lacks some of them.
+LIMITS: dict[str, dict[str, str]] = {
+    "ADAPTION_PROMPT": {RESPONSE: "it adds prompts inside attention"},
+    "POLY": {RESPONSE: "it routes whole tasks to adapters, and there are no tasks here"},
+    "SHADOW": {RESPONSE: "it runs a second model in parallel with the layers"},
+    "XLORA": {RESPONSE: "it mixes adapters that were trained before"},
+    "LILY": {ROW_GATES: "its router takes means over all rows of a batch"},
     **{
         kind: {FOUR_BIT: _PLAIN}
         for kind in (
-            *(PeftType.ADAMSS, PeftType.DEFT, PeftType.DELORA, PeftType.FROD, PeftType.GLORA, PeftType.HRA),
-            *(PeftType.LOHA, PeftType.LOKR, PeftType.PEANUT, PeftType.PSOFT, PeftType.SUPERTUNING),
+            *("ADAMSS", "DEFT", "DELORA", "FROD", "GLORA", "HRA"),
+            *("LOHA", "LOKR", "PEANUT", "PSOFT", "SUPERTUNING"),
         )
     },
-    PeftType.OSF: {
+    "OSF": {
         FOUR_BIT: _PLAIN,
         FSDP: "it projects gradients by hooks on parameters, which FSDP does not run: use DDP",
     },
@@ -41,7 +42,7 @@ def limit(config: PeftConfig, lack: str) -> str | None:
     initialisation = str(getattr(config, "init_lora_weights", ""))
     if lack == FOUR_BIT and initialisation.startswith(_FROM_WEIGHTS):
         return _PLAIN.replace("it", f"init_lora_weights {initialisation}", 1)
-    return LIMITS.get(config.peft_type, {}).get(lack)
+    return LIMITS.get(config.peft_type.value, {}).get(lack)
 
 
 def refusal(config: PeftConfig, packed: bool, sharded: bool, selection: str) -> str | None:

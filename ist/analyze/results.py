@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ist.analyze.ablation import DIRECTIONS
 from ist.config import ISTConfig
@@ -74,6 +72,9 @@ def compare_all(analysis: dict, scores: dict[str, Sequence[float]]) -> dict[str,
 @plain_text()
 def draw(path: Path, analysis: dict) -> None:
     """layers.png (paper, Figure 2): loss over the number of ablated layers, and the other models as lines."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axis = figure.subplots()
     full, labels = analysis["losses"][ADAPTER], {"least": "least important first", "most": "most important first"}

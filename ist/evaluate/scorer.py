@@ -28,6 +28,7 @@ from ist.training.encoding import TEMPLATES, load_tokenizer
 from ist.training.export import stop_ids
 from ist.training.files import model_digest, read_object, write_json
 from ist.training.model import nf4
+from ist.training.packages import require_package
 from ist.training.record import require_writable
 from ist.training.weights import is_quantised, load_adapter, load_pretrained
 
@@ -138,6 +139,9 @@ class ScorerArguments:
     batch_size: int = field(default=16, metadata={"help": "Rows at a time."})
 
     def __post_init__(self) -> None:
+        require_package("scipy", "an evaluation")
+        if self.load_in_4bit:
+            require_package("bitsandbytes", "--load_in_4bit true")
         require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
         require(self.max_length >= 2, "max_length", "2 or more tokens", self.max_length)
 

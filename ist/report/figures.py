@@ -3,9 +3,7 @@
 from itertools import cycle, islice
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from ist.training.figures import plain_text, save
 
@@ -18,6 +16,9 @@ def plot_arms(path: Path, arms: dict[str, dict]) -> None:
         arms: {name: {runs: [{validation: [[step, loss]]}], step_seconds, bytes: {part: bytes}}}; lines are means over
             runs, bands their range.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, max(4.6, 1.5 + 0.3 * len(arms))), layout="constrained")
     by_step, by_time, memory = figure.subplots(1, 3, width_ratios=[3, 3, 2.2])
     colours = list(islice(cycle(matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors), len(arms)))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 
 def interval(pairs: list[tuple[dict, dict]], tasks: list[str], draws: int = 2000) -> list[float]:
@@ -25,6 +24,8 @@ def interval(pairs: list[tuple[dict, dict]], tasks: list[str], draws: int = 2000
 
 def spearman(one: Sequence[float], two: Sequence[float]) -> float:
     """Spearman's rho; NaN where all values of a side are equal."""
+    from scipy import stats
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         return float(stats.spearmanr(one, two).statistic)
@@ -32,6 +33,8 @@ def spearman(one: Sequence[float], two: Sequence[float]) -> float:
 
 def paired(one: Sequence[float], two: Sequence[float]) -> dict[str, Any]:
     """{mean, sd, interval, seeds} of the differences of pairs; the 95 % interval is Student's t, None of one pair."""
+    from scipy import stats
+
     differences = np.subtract(one, two)
     found = {"mean": float(differences.mean()), "sd": None, "interval": None, "seeds": len(differences)}
     if len(differences) > 1:
@@ -42,4 +45,6 @@ def paired(one: Sequence[float], two: Sequence[float]) -> dict[str, Any]:
 
 def wilson(right: int, rows: int) -> tuple[float, float]:
     """95 % interval of an accuracy (Wilson's score interval)."""
+    from scipy import stats
+
     return tuple(map(float, stats.binomtest(right, rows).proportion_ci(method="wilson")))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, get_origin
 from ist.config import ConfigError, Count, ISTConfig
 from ist.selection import RULES, rule_fields
 from ist.training.command_line import UsageError, as_usage_error, parse_arguments, require
+from ist.training.packages import require_package
 from ist.training.synonyms import SYNONYMS
 
 TRACKERS = (  # Accelerate's
@@ -45,6 +46,10 @@ class ModelArguments:
     load_in_4bit: bool = option(
         False, "QLoRA: 4-bit base weights. NF4 with double quantisation, by bitsandbytes; computed in --dtype."
     )
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit:
+            require_package("bitsandbytes", "--load_in_4bit true")
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,8 @@ class TrainArguments:
             raise UsageError(
                 "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
             )
+        if self.optim.endswith("8bit"):
+            require_package("bitsandbytes", f"--optim {self.optim}")
         if self.torch_compile:
             import torch
 

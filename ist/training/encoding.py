@@ -72,11 +72,10 @@ def load_tokenizer(
 def _read_chat_template(name: str) -> str:
     if not Path(name).exists() and "/" not in name and not name.endswith(".jinja"):
         spec = importlib.util.find_spec("trl")
-        if spec is None or spec.origin is None:
-            raise UsageError(
-                f"--chat_template {name}: no such file, and trl, which has templates by name, is not installed."
-            )
-        folder = Path(spec.origin).parent / "chat_templates"
+        folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else None
+        if folder is None or not folder.is_dir():
+            state = "not installed" if folder is None else "too old (1.0 has some)"
+            raise UsageError(f"--chat_template {name}: no such file, and trl, which has templates by name, is {state}.")
         found = [file for file in (folder / f"{name}_training.jinja", folder / f"{name}.jinja") if file.is_file()]
         if not found:
             known = sorted({file.stem.removesuffix("_training") for file in folder.glob("*.jinja")})

@@ -1,35 +1,55 @@
 """The pictures of importance: a run (paper, Figure 4), several side by side, and the heat map of trackers."""
 
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ist.training.command_line import brief
 from ist.training.files import replacing
+from ist.training.packages import require_package
 
-# Around what draws: names of folders and arms may hold a $, which would be TeX.
-plain_text = partial(matplotlib.rc_context, {"text.parse_math": False})
+if TYPE_CHECKING:  # matplotlib is imported when something is drawn: training goes without
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Around what draws: names of folders and arms may hold a $, which would be TeX.
+
+    Raises:
+        UsageError: matplotlib is not installed, or too old.
+    """
+    require_package("matplotlib", "a picture")
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+def layer_colours(n_layers: int) -> "ScalarMappable":
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")
 
 
 def heat_map(scores: list[list[float]]) -> np.ndarray:
     """uint8 [H, W, 3]: layers upwards, updates to the right (at most 256 of them), colour = sigmoid of the score."""
+    import matplotlib
+
     columns = np.linspace(0, len(scores) - 1, min(len(scores), 256)).astype(int)
     probabilities = 1 / (1 + np.exp(-np.array(scores)[columns].T[::-1]))
     rgb = matplotlib.colormaps["viridis"](probabilities)[..., :3]
     return (255 * rgb).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     """
     Raises:
         WriteError: it cannot be written; an older picture is left as it was.
@@ -48,7 +68,7 @@ def drawn(path: Path, draw: Callable[..., Any], *args: Any) -> bool:
     return True
 
 
-def _plot_semantic(axis: Axes, semantic: dict) -> None:
+def _plot_semantic(axis: "Axes", semantic: dict) -> None:
     """Deviation of each latent space; the layers that are frozen for good are shaded, space k is above layer k - 1."""
     deviations, boundary = semantic["deviations"], semantic["boundary"]
     axis.plot(range(len(deviations)), deviations, marker=".", color="0.2", lw=1.2)
@@ -65,8 +85,11 @@ def plot_importance(
 
     `semantic` is SemanticFreezing's summary; its panel takes the place of importance without updates.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     n_layers = len(counts)
-    colours = ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")
+    colours = layer_colours(n_layers)
     panels = (["semantic"] if semantic else []) + (["importance"] if updates or not semantic else []) + ["counts"]
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
     axes = dict(zip(panels, figure.subplots(1, len(panels), width_ratios=[3] * (len(panels) - 1) + [2.2]), strict=True))
@@ -86,7 +109,7 @@ def plot_importance(
     save(figure, path)
 
 
-def _plot_scores(left: Axes, updates: list[dict], colours: ScalarMappable) -> None:
+def _plot_scores(left: "Axes", updates: list[dict], colours: "ScalarMappable") -> None:
     n_layers = len(updates[0]["probabilities"]) if updates else 0
     for update in updates:
         values = update["probabilities"]
@@ -111,8 +134,10 @@ def plot_importance_panels(path: Path, runs: dict[str, list[dict]]) -> None:
     Args:
         runs: {title: lines of importance.jsonl, of which step and probabilities are read}.
     """
+    from matplotlib.figure import Figure
+
     n_layers = max(len(updates[0]["probabilities"]) for updates in runs.values())
-    colours = ScalarMappable(Normalize(0, max(1, n_layers - 1)), "viridis")
+    colours = layer_colours(n_layers)
     figure = Figure(figsize=(4.6 * len(runs), 4.2), layout="constrained")
     axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axis, (title, updates) in zip(axes, runs.items(), strict=True):

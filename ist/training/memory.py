@@ -11,7 +11,7 @@ the allocator's reserve, rounding to its blocks.
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,8 +20,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bitsandbytes.functional import quantize_4bit
-from bitsandbytes.nn import Linear4bit
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -37,6 +35,7 @@ from ist.selection import SemanticFreezing, make_rule
 from ist.selection.rule import SelectionRule
 from ist.training.arguments import Resolved
 from ist.training.model import load_skeleton
+from ist.training.packages import installed, is_packed
 from ist.training.prepare import make_optimizer
 
 PARTS = ("weights", "optimizer", "gradients", "saved", "temporary")
@@ -317,14 +316,16 @@ def materialise(model: nn.Module, device: torch.device | str) -> nn.Module:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    made[id(tensor)] = (tensor, _zeros(module, name, tensor, device))
+                    made[id(tensor)] = (tensor, _zeros(tensor, device))
                 tensors[name] = made[id(tensor)][1]
     return model
 
 
-def _zeros(module: nn.Module, name: str, tensor: Tensor, device: torch.device | str) -> Tensor:
+def _zeros(tensor: Tensor, device: torch.device | str) -> Tensor:
     zeros, state = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device), None
-    if isinstance(module, Linear4bit) and name == "weight":
+    if is_packed(tensor):
+        from bitsandbytes.functional import quantize_4bit
+
         keys = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         kept = {key: getattr(tensor, key) for key in keys}
         zeros, state = quantize_4bit(zeros, **kept)
@@ -367,14 +368,26 @@ def as_on_gpu() -> Iterator[None]:
         yield
 
 
+# Of transformers: whether sdpa goes without a mask.
+_SKIPS = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+
+
 @contextmanager
 def _without_values(padded: bool) -> Iterator[None]:
     """Fake tensors; transformers reads from a mask's values whether it masks anything: here `padded` answers."""
-    quantize_4bit(torch.zeros(64), compress_statistics=True)  # its tables are cached, and must not be fake ones
+    if installed("bitsandbytes"):
+        from bitsandbytes.functional import quantize_4bit
+
+        quantize_4bit(torch.zeros(64), compress_statistics=True)  # its tables are cached, and must not be fake ones
+
+    def answered(skip: Callable[..., bool]) -> Callable[..., bool]:
+        return lambda mask, *args: not padded and skip(None, *args)
+
+    answers = {name: answered(getattr(masking_utils, name)) for name in _SKIPS}
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
-        patch.object(masking_utils, "fast_all", lambda mask: not padded),
+        patch.multiple(masking_utils, **answers),
     ):
         yield
 

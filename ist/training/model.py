@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import set_seed
-from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -33,6 +32,7 @@ from ist.training.command_line import UsageError, as_usage_error, brief
 from ist.training.continuing import adapter_folder, require_no_adapter
 from ist.training.data import Data
 from ist.training.files import require_no_pipes
+from ist.training.packages import is_packed
 from ist.training.peft_config import config_key, has_module, make_peft_config, require_known_names, require_served
 from ist.training.weights import load_adapter, load_pretrained, require_quantizer, require_weight_files
 
@@ -347,7 +347,7 @@ def _made_to_train(base: nn.Module, args: Arguments, peft_config: PeftConfig | N
         else:
             model = get_peft_model(base, peft_config, **options)
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and isinstance(parameter, Params4bit):
+            if parameter.requires_grad and is_packed(parameter):
                 raise UsageError(f"{name} would train, but its weights are packed in 4 bits.")
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -33,6 +33,7 @@ from ist.training.memory import (
     weight_tensors,
 )
 from ist.training.model import ModelPlan
+from ist.training.packages import installed
 from ist.training.peft_config import require_served
 
 
@@ -197,11 +198,11 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, Callable[[PlannedRun], Plan
         yield "accelerate_configs/fsdp2.yaml", lambda run: replace(run, topology=replace(topology, sharded=True))
     if args.optimizer_state == "keep" and not args.optim.endswith("8bit"):
         yield flags(optimizer_state="offload")
-    if args.peft_method == "none" and args.optim == "adamw_torch" and topology.ranks == 1:
+    if args.peft_method == "none" and args.optim == "adamw_torch" and topology.ranks == 1 and installed("bitsandbytes"):
         yield flags(optim="adamw_8bit")
     if run.peft_config and args.dtype in ("auto", "float32") and not args.load_in_4bit:
         yield flags(dtype="bfloat16")
-    if run.peft_config and not args.load_in_4bit:
+    if run.peft_config and not args.load_in_4bit and installed("bitsandbytes"):
         text, change = flags(load_in_4bit=True)
         with suppress(UsageError):  # of a method that computes with the base weights themselves
             require_served(run.peft_config, change(run).args, topology.sharded, packed=True)

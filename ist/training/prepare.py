@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
-import bitsandbytes
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -28,9 +27,11 @@ def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.opt
     kinds = {
         "adamw_torch": PackedAdamW if args.selection == "id3" else torch.optim.AdamW,
         "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
+    if args.optim.endswith("8bit"):
+        import bitsandbytes
+
+        kinds |= {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kinds[args.optim](parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
 
 

@@ -32,6 +32,7 @@ from ist.training.files import (
     replacing,
     write_json,
 )
+from ist.training.packages import installed
 from ist.training.trackers import Trackers, importance_values, tracked_values
 
 RESERVE_BYTES = 1 << 16
@@ -331,6 +332,7 @@ class RunRecord:
         self.trackers.log(values, step)
         if self.main:
             self._scores.append(line["scores"])
+        if self.main and installed("matplotlib"):
             self.trackers.image("importance/heat_map", partial(heat_map, self._scores), step)
 
     def _append(self, name: str, line: dict) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from bitsandbytes.nn import Params4bit
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from ist.layers import text_decoder
 from ist.training.command_line import UsageError, brief, quiet
 from ist.training.continuing import require_no_adapter
 from ist.training.files import require_no_pipes
+from ist.training.packages import is_packed
 
 
 def _listing(names: Iterable[str]) -> str:
@@ -131,7 +131,7 @@ def load_pretrained(auto_class: Any, path: str, **options: Any) -> nn.Module:
         )
     if PartialState().is_local_main_process:  # FSDP may load on it alone; the others have the same files
         # Weights packed in 4 bits are no numbers of the type that stores them.
-        require_finite(name, ((key, p) for key, p in model.named_parameters() if not isinstance(p, Params4bit)))
+        require_finite(name, ((key, p) for key, p in model.named_parameters() if not is_packed(p)))
     return model
 
 

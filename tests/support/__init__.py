@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import peft
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,6 +47,13 @@ def make_tiny(folder: Path, rows: list[dict]) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)
     return folder
+
+
+def peft_class(name: str) -> type:
+    """A class of PEFT's that older versions lack, where the test is skipped."""
+    if not hasattr(peft, name):
+        pytest.skip(f"PEFT {peft.__version__} has no {name}")
+    return getattr(peft, name)
 
 
 def reset_accelerate() -> None:

@@ -117,7 +117,7 @@ def as_table(answers: dict[str, dict[str, str]]) -> str:
 
 def limits_table() -> str:
     """Markdown: the methods that lack something, and why (ist/adapters/support.py)."""
-    rows = [[kind.value, lack, reason] for kind, limits in LIMITS.items() for lack, reason in limits.items()]
+    rows = [[kind, lack, reason] for kind, limits in LIMITS.items() for lack, reason in limits.items()]
     return "\n".join(markdown_table(["method", "lacks", "because"], rows))
 
 
