@@ -204,6 +204,8 @@ FOREIGN = {
         "machine_rank",
         "main_process_ip",
         "mixed_precision",
+        "parallelism_config_dp_replicate_size",
+        "parallelism_config_dp_shard_size",
     ),  # accelerate
     *(
         "enable-lora",
@@ -243,7 +245,9 @@ def test_every_key_is_in_a_readme_and_every_key_in_a_readme_exists():
     ours = keys_of("train_ist.py")
     missing = {key for key in ours if not re.search(rf"`{key}[`=]|--{key}\b", text)} - {"help", "key"}
     assert not missing
-    known = ours | FOREIGN | {"readme", "train_file", "max_steps", "rows_per_step", "validation_size", "publish"}
+    known = (
+        ours | FOREIGN | {"parity", "readme", "train_file", "max_steps", "rows_per_step", "validation_size", "publish"}
+    )
     for module in (
         "ist.evaluate",
         "ist.export",
@@ -253,6 +257,6 @@ def test_every_key_is_in_a_readme_and_every_key_in_a_readme_exists():
         "launch.experiments.tables",
     ):
         known |= keys_of("-m", module)
-    for what in ("memory", "speed", "probe", "communication", "scale"):
+    for what in ("memory", "speed", "probe", "communication", "scale", "parity"):
         known |= keys_of("-m", "ist.benchmark", what)
     assert {key for key in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)} - known == {"known"}  # gone, in CHANGES.md
