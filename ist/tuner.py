@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ist import distributed, probe
 from ist.config import ConfigError, ISTConfig
+from ist.instruments import effective_layers
 from ist.layers import LayerMap
 from ist.loss import Loss, token_loss
 from ist.selection import CalibratedRule, make_rule
@@ -134,6 +135,7 @@ class SparseTuner:
             "losses": losses,
             "rewards": rewards,
             "probe_seconds": seconds,
+            "effective_layers": effective_layers(self.trained_counts),  # of the `step` steps before this update
         }
 
     def trained_buckets(self) -> list[list[nn.Parameter]]:

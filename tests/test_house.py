@@ -18,7 +18,8 @@ from ist.training import packages
 from launch.experiments.tables import experiment_table
 
 METHOD = (
-    *("config", "sampler", "suppression", "layers", "loss", "probe", "tuner", "distributed", "adapters", "selection"),
+    *("config", "sampler", "suppression", "layers", "loss", "probe", "instruments", "tuner", "distributed"),
+    *("adapters", "selection"),
 )
 COMMANDS = ("evaluate", "export", "analyze", "benchmark", "report")
 LIBRARIES = {"torch", "peft", *sys.stdlib_module_names}

@@ -139,8 +139,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _draw(folder: Path, output_dir: Path, run: dict[str, Any]) -> None:
     updates = read_lines(output_dir / IMPORTANCE)
-    counts, steps, title = run["trained_counts"], run["steps"], output_dir.name
-    drawn(folder / PICTURE, plot_importance, folder / PICTURE, updates, counts, steps, title, run.get("semantic"))
+    counts, steps, title, path = run["trained_counts"], run["steps"], output_dir.name, folder / PICTURE
+    kept = run["configuration"].get("keep_importance", False)
+    drawn(path, plot_importance, path, updates, counts, steps, title, run.get("semantic"), kept)
 
 
 def write_card(folder: Path, run: dict[str, Any], base: str, location: str, kind: str) -> None:

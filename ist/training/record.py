@@ -194,7 +194,7 @@ class RunRecord:
         # One curve, however often the run was interrupted; under a sweep the agent names the run.
         self.summary["wandb_run_id"] = os.environ.get("WANDB_RUN_ID") or earlier.get("wandb_run_id")
         self._lost = bool(earlier.get("wandb_run_id")) and not earlier.get("wandb_complete")
-        self._scores: list[list[float]] = []
+        self._scores: dict[int, list[float]] = {}  # by the step of the update
         if self.main:
             # Given back by close(), so that run.json can be written when the disk has become full.
             with replacing(output_dir / RESERVE) as file:
@@ -246,7 +246,7 @@ class RunRecord:
             (IMPORTANCE, lambda line: _is_importance(line) and line["step"] < step),
         ):
             keep_lines(self.output_dir / name, lambda line, keeps=keeps: step > 0 and keeps(line))
-        self._scores = [line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)]
+        self._scores = {line["step"]: line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)}
 
     def progress(self, **facts: Any) -> None:
         """Update run.json's content, which is written at the next change of status."""
@@ -331,9 +331,11 @@ class RunRecord:
         values = importance_values(line, trained_counts) | {"probe/time_share": probe_share}
         self.trackers.log(values, step)
         if self.main:
-            self._scores.append(line["scores"])
+            self._scores[step] = line["scores"]
         if self.main and installed("matplotlib"):
-            self.trackers.image("importance/heat_map", partial(heat_map, self._scores), step)
+            kept = self.summary["configuration"].get("keep_importance", False)
+            image = partial(heat_map, list(self._scores.values()), list(self._scores), kept)
+            self.trackers.image("importance/heat_map", image, step)
 
     def _append(self, name: str, line: dict) -> None:
         if self.main:
@@ -345,7 +347,7 @@ def _now() -> str:
 
 
 def draw_importance(output_dir: Path) -> Path:
-    """importance.png: sigmoid of every layer's score over steps (paper, Figure 4), and how often each was trained.
+    """importance.png: every layer's importance over steps, how often each was trained, and effective layers.
 
     Raises:
         UsageError: the folder holds no run.
@@ -356,5 +358,6 @@ def draw_importance(output_dir: Path) -> Path:
     path = output_dir / PICTURE
     title = f"{output_dir.name}: {run['status']}"
     updates, semantic = read_lines(output_dir / IMPORTANCE), run.get("semantic")
-    plot_importance(path, updates, run["trained_counts"], run["steps"], title, semantic)
+    kept = run["configuration"].get("keep_importance", False)
+    plot_importance(path, updates, run["trained_counts"], run["steps"], title, semantic, kept)
     return path

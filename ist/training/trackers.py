@@ -109,12 +109,19 @@ class Trackers:
 
     def image(self, name: str, image: Callable[[], np.ndarray], step: int) -> None:
         """uint8 [H, W, 3], made where a tracker takes images: TensorBoard, W&B, Aim, ClearML, SwanLab."""
-        if self.accelerator.is_main_process:
-            for tracker in [one for one in self.accelerator.trackers if hasattr(one, "log_images")]:
-                batched = tracker.name in ("tensorboard", "wandb", "swanlab")
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                values = {name: image()[None] if batched else image()}
-                self.call(tracker, tracker.log_images, values, step=step, **layout)
+        takes = [one for one in self.accelerator.trackers if hasattr(one, "log_images")]
+        if not self.accelerator.is_main_process or not takes:
+            return
+        try:
+            picture = image()
+        except Exception as error:  # whatever matplotlib says: a picture costs no run
+            print(f"{name} of step {step} is not drawn ({brief(error)}); the run goes on.", file=sys.stderr)
+            return
+        for tracker in takes:
+            batched = tracker.name in ("tensorboard", "wandb", "swanlab")
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            values = {name: picture[None] if batched else picture}
+            self.call(tracker, tracker.log_images, values, step=step, **layout)
 
     def finish(self) -> None:
         """End them all; what one of them says is no error of the run."""
@@ -133,6 +140,8 @@ class Trackers:
 def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, float]:
     """An importance update as trackers get it."""
     values: dict[str, float] = {"probe/seconds": update["probe_seconds"]}
+    if "effective_layers" in update:  # lines of earlier versions lack it
+        values["importance/effective_layers"] = update["effective_layers"]
     for j, (loss, reward) in enumerate(zip(update["losses"], update["rewards"], strict=True)):
         values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
     values |= {f"importance/score/layer_{i:02d}": score for i, score in enumerate(update["scores"])}

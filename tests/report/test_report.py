@@ -41,6 +41,7 @@ def test_offline_wandb_holds_every_number(arguments, tmp_path, monkeypatch):
     assert (
         sum(summary[f"importance/trained_steps/layer_0{i}"] for i in range(4)) == 9
     )  # 8 steps before the update, and the one it precedes
+    assert summary["importance/effective_layers"] == pytest.approx(update["effective_layers"])
     for j in range(3):
         assert summary[f"probe/loss_{j}"] == pytest.approx(update["losses"][j])
         assert summary[f"probe/reward_{j}"] == pytest.approx(update["rewards"][j])
@@ -84,7 +85,7 @@ def test_a_resumed_run_is_one_curve_and_has_every_key_of_the_readme(arguments, t
     listed = re.findall(r"`((?:train|eval|importance|probe|semantic)/\S+)`", paragraph)
     logged = {key for row in rows.values() for key in row}
     logged = {re.sub(r"\d\d$", "07", key.removesuffix("._type")) for key in logged}
-    assert len(listed) == 18
+    assert len(listed) == 19
     assert set(listed) <= logged
     (artifact,) = of_type(second, "artifact")
     assert (artifact["name"], artifact["type"]) == (f"adapter-{run['wandb_run_id']}", "model")
@@ -158,10 +159,11 @@ def test_runs_of_several_tasks_are_drawn_side_by_side(tmp_path, monkeypatch):
     assert imread(tmp_path / "out/importance-panels.png").shape[1] > 600
     for axis, (name, probabilities) in zip(drawn[0].axes, seen.items()):
         assert axis.get_title() == name
-        for i, line in enumerate(axis.lines):
-            assert list(line.get_xdata()) == [0, *(10 * (u + 1) for u in range(len(probabilities)))]
-            assert list(line.get_ydata()) == [0.5, *(p[i] for p in probabilities)]
-        assert len(axis.lines) == 2
+        # Columns from step 0 on, where all scores are zero; rows are layers, layer 0 at the bottom.
+        (image,) = axis.images
+        assert image.get_array().tolist() == np.transpose([[0.5, 0.5], *probabilities]).tolist()
+        assert axis.get_xlim() == (0, 10 * (len(probabilities) + 1))
+        assert axis.get_ylim() == (-0.5, 1.5)
     (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match="none has no importance updates to draw"):
         main(["--importance", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -94,6 +95,10 @@ def test_a_run_leaves_the_files_of_the_readme(train, tiny, tmp_path):
             scores[kept] += 100 * reward
         assert update["scores"] == pytest.approx(scores.tolist())
         assert update["probabilities"] == pytest.approx(torch.sigmoid(scores).tolist())
+        # Of the steps before the update, from the layers that metrics.jsonl has for them.
+        layers = [line["trained_layers"] for line in lines if "loss" in line and line["step"] <= update["step"]]
+        shares = np.bincount(np.concatenate(layers), minlength=4) / update["step"]
+        assert update["effective_layers"] == pytest.approx(1 / (shares**2).sum())
     assert scores.abs().max() > 1e-3
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished"
