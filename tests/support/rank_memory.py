@@ -4,7 +4,8 @@
 
 Four ranks on CPU (gloo), FSDP2, full fine-tuning of a Llama of 42 M parameters in float32. Memory is what the process
 holds of its own (RssAnon), watched every two milliseconds: the peak within a call above what was held at its begin.
-The device of these ranks is the CPU: shards are in the figures. `--before` measures another checkout beside.
+The device of these ranks is the CPU: shards are in the figures. Files of weights are mapped: their pages, which the ranks
+of a node share, are not. `--before` measures another checkout beside.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def measure(work: Path, checkout: Path, name: str) -> list[dict[str, int]]:
 
 
 def of_70b() -> list[tuple[str, ...]]:
-    """CPU memory of a node of eight ranks for Llama-3.1-70B, in GB: counted on tensors without storage."""
+    """What eight ranks of a node hold on the CPU for Llama-3.1-70B, in GB: counted on tensors without storage."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,7 +136,6 @@ def of_70b() -> list[tuple[str, ...]]:
         for what, before, now in (
             ("load", 8 * loaded, loaded),
             ("moments at a save", 8 * 2 * trained, 2 * trained),
-            ("what trains and moments at a resume (now tensor by tensor)", 8 * 3 * trained, 0),
         ):
             rows.append((f"{name}: {what}", f"{before / 1e9:.0f}", f"{now / 1e9:.0f}"))
     return rows
@@ -168,7 +168,7 @@ def main() -> None:
         f"Made by tests/support/rank_memory.py: {RANKS} gloo ranks, FSDP2, all {size / 1e6:.0f} MB of a model train."
     )
     table = markdown_table(("peak of own memory / the model's size", "", "rank 0", "most of the others"), rows)
-    header = ("Llama-3.1-70B, a node of eight ranks: CPU memory, GB", "before", "now")
+    header = ("Llama-3.1-70B, a node of eight ranks: tensors on the CPU, GB", "before", "now")
     counted = markdown_table(header, of_70b())
     text = "\n".join([*heading("Memory of each rank", made_by), *table, "", *counted, ""])
     print(text)
