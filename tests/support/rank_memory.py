@@ -4,8 +4,8 @@
 
 Four ranks on CPU (gloo), FSDP2, full fine-tuning of a Llama of 42 M parameters in float32. Memory is what the process
 holds of its own (RssAnon), watched every two milliseconds: the peak within a call above what was held at its begin.
-The device of these ranks is the CPU: shards are in the figures. Files of weights are mapped: their pages, which the ranks
-of a node share, are not. `--before` measures another checkout beside.
+The device of these ranks is the CPU: shards are in the figures. Files of weights are mapped: their pages, which the
+ranks of a node share, are not. `--before` measures another checkout beside.
 """
 
 import argparse
