@@ -3,6 +3,7 @@
 import os
 from itertools import pairwise
 
+import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
@@ -240,7 +241,7 @@ def test_the_heat_map_of_trackers_is_the_panel_of_the_run():
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     left = image[:, : int(0.7 * image.shape[1])]  # without the colour bar, which has every colour
     colours = np.unique(left.reshape(-1, 3), axis=0).astype(int)
-    cmap = figures.matplotlib.colormaps[figures.IMPORTANCE]
+    cmap = matplotlib.colormaps[figures.IMPORTANCE]
     for value in (0.5, 1 / (1 + np.e), 1 / (1 + np.exp(-2)), 0.0, 1.0):
         assert (np.abs(np.array(cmap(value)[:3]) * 255 - colours).max(axis=1) <= 2).any(), value
     assert heat_map([[0.0] * 80] * 3, [5, 10, 15]).shape[0] > heat_map([[0.0] * 4] * 3, [5, 10, 15]).shape[0]

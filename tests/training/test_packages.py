@@ -58,7 +58,7 @@ def spied(name, *args, **kwargs):
     return load(name, *args, **kwargs)
 builtins.__import__ = spied
 importlib.metadata.version = lambda name: {"peft": "0.17.1", "torch": "2.7.1+cu126"}.get(name) or version(name)
-sys.argv = ["train_ist.py", "--help"]
+sys.argv = ["train_ist.py", "--model_name_or_path", "m", "--train_file", "f"]
 runpy.run_path("train_ist.py", run_name="__main__")
 """
 
