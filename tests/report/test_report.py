@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from support import ROOT, of_type, offline_records, read_lines
 from support.cluster import until
 
 from ist.report.compare import compare, main, read_results
-from ist.training import figures as report
 from ist.training.command_line import UsageError
 from ist.training.record import draw_importance
 
@@ -147,8 +147,8 @@ def test_the_picture_is_drawn_again_from_the_files(train, tmp_path, capsys):
 
 
 def test_runs_of_several_tasks_are_drawn_side_by_side(tmp_path, monkeypatch):
-    drawn, save = [], report.Figure.savefig
-    monkeypatch.setattr(report.Figure, "savefig", lambda self, *a, **kw: (drawn.append(self), save(self, *a, **kw)))
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: (drawn.append(self), save(self, *a, **kw)))
     seen = {"maths": [[0.6, 0.2], [0.7, 0.1]], "text": [[0.4, 0.9]]}
     for name, probabilities in seen.items():
         (tmp_path / f"seed=1,{name}").mkdir()
