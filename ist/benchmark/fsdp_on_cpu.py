@@ -5,13 +5,27 @@ torch's own FSDP2 runs on gloo ranks.
 """
 
 import os
+from importlib import import_module
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
+def _divide_sums() -> None:
+    """Let FSDP2 sum gradients and divide: gloo's reduce-scatter of torch 2.8 sums in silence where a mean is asked for.
+
+    NCCL's takes the mean.
+    """
+    collectives = import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
+    factors = collectives._get_gradient_divide_factors
+    collectives._get_gradient_divide_factors = lambda *args: factors(*args[:5], True)  # force_sum_reduction_for_comms
+
+
 def turn_on_fsdp() -> None:
     """From now on, AcceleratorState has FSDP on CPU where ACCELERATE_USE_FSDP is true."""
+    if torch.__version__ < (2, 13):
+        _divide_sums()
     original = AcceleratorState.__init__
 
     def init(self, *args, **kwargs):

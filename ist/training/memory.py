@@ -378,7 +378,9 @@ def _without_values(padded: bool) -> Iterator[None]:
     if installed("bitsandbytes"):
         from bitsandbytes.functional import quantize_4bit
 
-        quantize_4bit(torch.zeros(64), compress_statistics=True)  # its tables are cached, and must not be fake ones
+        quantize_4bit(
+            torch.zeros(64), compress_statistics=True, quant_type="nf4"
+        )  # its tables are cached, and must not be fake ones
 
     def answered(skip: Callable[..., bool]) -> Callable[..., bool]:
         return lambda mask, *args: not padded and skip(None, *args)
