@@ -41,7 +41,7 @@ from ist.training.checkpoints import Checkpoints, Progress, WholeAdapter
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
 from ist.training.continuing import adapter_folder, base_notes, earlier_scores, require_schedule
 from ist.training.data import content_digests, prepare_data, shown_rows
-from ist.training.environment import environment
+from ist.training.environment import environment, nodes_of
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
 from ist.training.files import WriteError, json_digest
@@ -153,8 +153,9 @@ def start(
         steps = f"step {checkpoint[1]['step']}, past the run's {max_steps}"
         raise UsageError(f"--resume_from_checkpoint {checkpoint[0]} is of {steps}. Choose an earlier one.")
     from_main(lambda: require_writable(output_dir), UsageError)
+    here = environment(accelerator)
     facts = {
-        **environment(accelerator),
+        **{**here, "nodes": nodes_of(here)},
         **{"steps": checkpoint[1]["step"] if checkpoint else 0, "max_steps": max_steps},
         **{"layers": planned.layers.names, "layer_counts": rule.counts._asdict()},
         **{**data.facts, "resumed_from": str(checkpoint[0]) if checkpoint else None},

@@ -19,7 +19,7 @@ from ist.distributed import of_all_ranks
 
 
 def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
-    """For run.json: versions, commit ("-dirty" with uncommitted changes), hardware, ranks. All ranks call it."""
+    """For run.json: versions, commit ("-dirty" with uncommitted changes), hardware, ranks."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         folder = Path(__file__).parent
@@ -28,18 +28,14 @@ def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
         commit = None
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu"
     libraries = (torch, accelerate, transformers, peft)
-    here = {
+    return {
         "versions": {"python": platform.python_version(), **{lib.__name__: lib.__version__ for lib in libraries}},
         "commit": commit,
         "hardware": {"device": device, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
-    }
-    return {
-        **here,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "world_size": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "topology": _topology(accelerator),
-        "nodes": _nodes(here),
     }
 
 
@@ -57,8 +53,9 @@ def _topology(accelerator: Accelerator | PartialState) -> dict[str, Any]:
     return {"backend": backend, "replicas": replicas, "shards": ranks // replicas}
 
 
-def _nodes(here: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each node's host, number of ranks, and what its first rank found `here`."""
+def nodes_of(environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each node's host, number of ranks, and what its first rank has of its `environment`. All ranks call it."""
+    here = {key: environment[key] for key in ("versions", "commit", "hardware")}
     nodes: dict[tuple[str, str], dict[str, Any]] = {}
     for number, host, facts in of_all_ranks((os.environ.get("GROUP_RANK", "0"), socket.gethostname(), here)):
         nodes.setdefault((number, host), {"host": host, "ranks": 0, **facts})["ranks"] += 1
