@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -18,9 +19,15 @@ from support import ROOT, read_lines
 from ist.config import ConfigError
 from ist.distributed import require_topology
 from ist.training.command_line import UsageError
+from ist.training.environment import require_replicas
+from ist.training.packages import release
 
 STEPS = 30
 CONFIGS = {"one": "single.yaml", "ddp": "ddp.yaml", "fsdp": "fsdp2.yaml", "hsdp": "hsdp.yaml"}
+HAS_HSDP = release(accelerate.__version__) >= (1, 15)
+HSDP = pytest.param("hsdp", marks=pytest.mark.skipif(not HAS_HSDP, reason="HSDP needs accelerate 1.15"))
+if not HAS_HSDP:
+    del CONFIGS["hsdp"]
 ROWS = {"one": 4, "ddp": 2, "fsdp": 2, "hsdp": 1}  # per rank, for the same global batch of 4
 
 
@@ -138,12 +145,12 @@ def test_each_launch_has_its_topology(runs):
             assert record["replica_checksum"]["step"] == STEPS
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", HSDP])
 def test_ranks_train_as_one_process(runs, name):
     assert_same_course(runs[name] / "run", runs["one"] / "run")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", HSDP])
 def test_ranks_hold_the_same_scores_bit_for_bit(runs, name):
     first, *others = spied(runs[name])
     for other in others:
@@ -151,7 +158,7 @@ def test_ranks_hold_the_same_scores_bit_for_bit(runs, name):
         assert first["trained_counts"] == other["trained_counts"]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", HSDP])
 def test_gradients_of_trained_layers_travel_and_no_others(runs, name):
     adapter_bytes = 4 * adapter_of(runs[name] / "run").numel()
     for seen in spied(runs[name]):
@@ -254,6 +261,15 @@ def test_parallelism_of_the_launcher_is_refused(key, why):
     accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{key: 2}), distributed_type=DistributedType.NO)
     with pytest.raises(ConfigError, match=f"{key} 2 of the launcher's parallelism is {why}"):
         require_topology(accelerator, "adamw_torch")
+
+
+def test_replicas_of_shards_need_a_newer_accelerate(monkeypatch):
+    config = SimpleNamespace(dp_replicate_size=2)
+    accelerator = SimpleNamespace(parallelism_config=config, distributed_type=DistributedType.FSDP, num_processes=4)
+    require_replicas(accelerator)
+    monkeypatch.setattr(accelerate, "__version__", "1.14.2")
+    with pytest.raises(UsageError, match=r"dp_replicate_size 2 needs accelerate 1.15 or newer; 1.14.2"):
+        require_replicas(accelerator)
 
 
 @pytest.mark.slow

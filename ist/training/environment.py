@@ -16,6 +16,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
 from ist.distributed import of_all_ranks
+from ist.training.command_line import UsageError
+from ist.training.packages import release
 
 
 def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
@@ -44,6 +46,19 @@ def replicas_of(accelerator: Accelerator | PartialState) -> int:
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.num_processes
     return accelerator.parallelism_config.dp_replicate_size if accelerator.parallelism_config else 1
+
+
+def require_replicas(accelerator: Accelerator) -> None:
+    """
+    Raises:
+        UsageError: HSDP, of which older versions of Accelerate make other gradients.
+    """
+    replicas, version = replicas_of(accelerator), accelerate.__version__
+    if accelerator.distributed_type == DistributedType.FSDP and replicas > 1 and release(version) < (1, 15):
+        raise UsageError(
+            f"dp_replicate_size {replicas} needs accelerate 1.15 or newer; {version}, which is installed, makes other "
+            "gradients: update it, or launch with accelerate_configs/fsdp2.yaml."
+        )
 
 
 def _topology(accelerator: Accelerator | PartialState) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
-import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -20,10 +19,8 @@ from ist.distributed import broadcast_from_main, from_main, of_all_ranks, requir
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training.arguments import Arguments
 from ist.training.command_line import UsageError
-from ist.training.environment import replicas_of
 from ist.training.files import json_digest
 from ist.training.model import load_model, load_skeleton
-from ist.training.packages import release
 
 
 def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -56,9 +53,7 @@ def _load_on_main(args: Arguments, peft_config: PeftConfig | None, accelerator: 
     plugin, skeleton = accelerator.state.fsdp_plugin, None
     config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     packed = args.load_in_4bit or getattr(config, "quantization_config", None) is not None
-    # Accelerate 1.10 sends to a mesh of one dimension alone.
-    sends = replicas_of(accelerator) == 1 or release(accelerate.__version__) >= (1, 15)
-    if plugin.cpu_ram_efficient_loading and not packed and sends:
+    if plugin.cpu_ram_efficient_loading and not packed:
         with suppress(UsageError):
             skeleton = load_skeleton(args, peft_config, config)
     shapes = None if skeleton is None or _has_other_tensors(skeleton) else skeleton
