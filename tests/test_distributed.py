@@ -19,7 +19,7 @@ from support import ROOT, read_lines
 from ist.config import ConfigError
 from ist.distributed import require_topology
 from ist.training.command_line import UsageError
-from ist.training.environment import require_replicas
+from ist.training.environment import differing_nodes, require_replicas
 from ist.training.packages import release
 
 STEPS = 30
@@ -261,6 +261,21 @@ def test_parallelism_of_the_launcher_is_refused(key, why):
     accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{key: 2}), distributed_type=DistributedType.NO)
     with pytest.raises(ConfigError, match=f"{key} 2 of the launcher's parallelism is {why}"):
         require_topology(accelerator, "adamw_torch")
+
+
+def test_the_best_checkpoint_is_loaded_by_the_main_process_alone(tiny, train_file, tmp_path):
+    options = {"max_steps": 6, "eval_steps": 3, "load_best_model_at_end": True}
+    result = launch("ddp.yaml", flags_of(tiny, train_file, tmp_path / "run", 2, **options), tmp_path, SPY_BLIND="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "run/run.json").read_text())["best"]["step"] in (3, 6)
+
+
+def test_a_node_of_other_versions_is_named():
+    node = {"host": "a", "ranks": 8, "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "commit": "1", "hardware": {}}
+    other = {**node, "host": "b", "versions": {**node["versions"], "torch": "2.12.0"}}
+    assert differing_nodes([node, {**node, "host": "c"}]) == []
+    warning = "warning: node b has torch 2.12.0 (not 2.13.0): results may differ between nodes."
+    assert differing_nodes([node, other]) == [warning]
 
 
 def test_replicas_of_shards_need_a_newer_accelerate(monkeypatch):

@@ -42,7 +42,7 @@ from ist.benchmark.scale import measure_scale, scale_table
 from ist.benchmark.speed import count_flops, matmul_rate, measure_speed, speed_table
 from ist.benchmark.traffic import communicate, communication_row, communication_table, measure_communication
 from ist.report.tables import publish, require_publishing, require_writable_file
-from ist.training.command_line import PlainParser, UsageError, command, require
+from ist.training.command_line import PlainParser, UsageError, command, markdown_table, require
 from ist.training.word_problems import arithmetic_rows
 
 
@@ -119,8 +119,8 @@ def parity(options: Namespace) -> dict[str, Any]:
         if folder.exists() and any(folder.iterdir()):
             raise UsageError(f"--folder {folder} is not empty: name another.")
         folder.mkdir(parents=True, exist_ok=True)
-        table, well = check(folder.absolute(), options.ranks, say)
-    return {"table": table, "well": well}
+        rows, equal = check(folder.absolute(), options.ranks, say)
+    return {"rows": rows, "equal": equal}
 
 
 def rank(options: Namespace) -> None:
@@ -140,7 +140,7 @@ TABLES: dict[Callable, Callable[[Namespace, dict[str, Any]], str]] = {
     probe: lambda options, result: probe_table(result["updates"]),
     communication: lambda options, result: communication_table(result["steps"], options.ranks),
     scale: lambda options, result: scale_table(result["rows"]),
-    parity: lambda options, result: result["table"],
+    parity: lambda options, result: "\n".join(markdown_table(result["rows"][0], result["rows"][1:])),
 }
 
 
@@ -227,4 +227,4 @@ def main(argv: Sequence[str]) -> int:
         if options.output:
             command = "python -m ist.benchmark " + shlex.join(argv)
             publish(options.output, command, Accelerator(), table, options.readme, **result)
-    return 0 if not isinstance(result, dict) or result.get("well", True) else 1
+    return 1 if options.run is parity and not result["equal"] else 0

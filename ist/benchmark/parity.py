@@ -17,13 +17,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ist.training.command_line import markdown_table
 from ist.training.files import read_lines
 from ist.training.word_problems import arithmetic_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE, BATCH = 20, 10, 8
-LOSS, ADAPTER = 1e-4, 1e-3  # that may lie between two topologies: of a loss, and of the adapter's norm
+LOSS, ADAPTER = 1e-4, 1e-3  # largest difference allowed: of a loss; of the adapter, relative to its norm
 SECONDS = 300  # of one launch
 
 
@@ -133,11 +132,11 @@ def differences(run: Path, reference: Path) -> tuple[str, float, float]:
     return "", max(abs(one[key] - other[key]) for one, other, key in pairs), apart / norm
 
 
-def check(folder: Path, ranks: int, say: Callable[[str], None]) -> tuple[str, bool]:
-    """(a table, whether all is well) of `ranks` processes; HSDP where they are an even number from 4 on."""
+def check(folder: Path, ranks: int, say: Callable[[str], None]) -> tuple[list[list[str]], bool]:
+    """(header and rows of the table, whether all are equal) of `ranks` processes; HSDP where they are 4, 6, 8, ..."""
     gpus = torch.cuda.device_count() >= ranks
     write_inputs(folder)
-    launches, rows, well = Launches(folder, gpus), [], True
+    launches, rows, equal = Launches(folder, gpus), [], True
     steps: list[tuple[str, Callable[[str], str | None]]] = [("one process", lambda n: launches.whole(n, "single", 1))]
     sharded = ["fsdp2", *(["hsdp"] if ranks >= 4 and ranks % 2 == 0 else [])]
     for topology in ("ddp", *sharded):
@@ -153,9 +152,9 @@ def check(folder: Path, ranks: int, say: Callable[[str], None]) -> tuple[str, bo
         if not wrong:
             wrong, loss, adapter = differences(folder / name, folder / "one-process")
         fine = not wrong and loss <= LOSS and adapter <= ADAPTER
-        well = well and fine
+        equal = equal and fine
         verdict = "equal" if fine else wrong or "too far apart"
         rows.append([title, f"{loss:.1e}", f"{adapter:.1e}", f"{time.monotonic() - start:.0f}", verdict])
         say(" | ".join(rows[-1]))
     header = [f"{ranks} {'GPUs' if gpus else 'gloo ranks on the CPU'}", "loss", "adapter", "seconds", "to one process"]
-    return "\n".join(markdown_table(header, rows)), well
+    return [header, *rows], equal

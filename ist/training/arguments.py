@@ -17,9 +17,8 @@ from ist.training.command_line import UsageError, as_usage_error, parse_argument
 from ist.training.packages import require_package
 from ist.training.synonyms import SYNONYMS
 
-TRACKERS = (  # Accelerate's
-    *("aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"),
-)
+# Accelerate's, which is not imported to name them.
+TRACKERS = ("aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
 
 # A resumed run may change the `free_keys` of each group, which say where and how it reports and saves, or change its
 # speed and memory alone; and the `content_keys`, where the digests of what they name are equal.

@@ -237,9 +237,10 @@ def load_adapter(path: Path, adapter: dict[str, Tensor]) -> dict[str, Tensor]:
         if header.get(name) != (tensor.dtype, tensor.shape):
             raise UsageError(f"--resume_from_checkpoint {path} does not fit the model: {name} differs.")
     others = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in header.items() if name not in adapter}
+    places = adapter | others
     with torch.no_grad():
-        for name, tensor in _placed(file, header, adapter | others):
-            (adapter.get(name, others.get(name))).copy_(tensor)
+        for name, tensor in _placed(file, header, places):
+            places[name].copy_(tensor)
     return others
 
 

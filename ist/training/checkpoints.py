@@ -8,7 +8,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ist.distributed import require_equal_replicas
+from ist.distributed import from_main, require_equal_replicas
 from ist.layers import adapter_state
 from ist.training.checkpoint import (
     STATE,
@@ -144,7 +144,7 @@ class Checkpoints:
                 reason = f"{STATE} does not fit this run ({brief(error)})"
                 raise UsageError(f"--resume_from_checkpoint {path} cannot be used: {reason}.") from error
             best = progress.best
-            if best and not (self.folder / step_name(best["step"])).exists():
+            if best and not from_main((self.folder / step_name(best["step"])).exists, UsageError):
                 if self.write:
                     print(f"The best checkpoint so far, of step {best['step']}, is gone; looking for a new best.")
                 progress.best = None
@@ -183,12 +183,15 @@ class Checkpoints:
 
     def load_best(self, step: int) -> None:
         """Put the adapter of the checkpoint of `step` in place."""
-        PartialState().wait_for_everyone()  # until the main process has written it
         path = self.folder / step_name(step)
-        try:
-            state = read_state(path)
-        except Damaged as error:
-            raise UsageError(f"{path}, of the lowest validation loss, was damaged since: {error}.") from None
+
+        def read() -> dict:
+            try:
+                return read_state(path)
+            except Damaged as error:
+                raise UsageError(f"{path}, of the lowest validation loss, was damaged since: {error}.") from None
+
+        state = from_main(read, UsageError)  # which has written it, perhaps where the other nodes do not see it
         self.extensions.load(load_adapter(path, self.adapter()), state)
 
     def last(self) -> str:

@@ -51,13 +51,13 @@ def replicas_of(accelerator: Accelerator | PartialState) -> int:
 def require_replicas(accelerator: Accelerator) -> None:
     """
     Raises:
-        UsageError: HSDP, of which older versions of Accelerate make other gradients.
+        UsageError: HSDP with a version of Accelerate that computes wrong gradients under it.
     """
     replicas, version = replicas_of(accelerator), accelerate.__version__
     if accelerator.distributed_type == DistributedType.FSDP and replicas > 1 and release(version) < (1, 15):
         raise UsageError(
-            f"dp_replicate_size {replicas} needs accelerate 1.15 or newer; {version}, which is installed, makes other "
-            "gradients: update it, or launch with accelerate_configs/fsdp2.yaml."
+            f"dp_replicate_size {replicas} needs accelerate 1.15 or newer; {version} is installed, and older versions "
+            "compute wrong gradients under HSDP: update it, or launch with accelerate_configs/fsdp2.yaml."
         )
 
 
@@ -78,15 +78,13 @@ def nodes_of(environment: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def differing_nodes(nodes: list[dict[str, Any]]) -> list[str]:
-    """A line for each version or commit that is not the same on every node."""
+    """A warning for each node whose versions or commit are not those of the first."""
     first, lines = nodes[0], []
     for node in nodes[1:]:
         there, here = ({"commit": one["commit"], **one["versions"]} for one in (node, first))
-        differing = [
-            f"{key} {there[key]} there, {here[key]} on {first['host']}" for key in here if there[key] != here[key]
-        ]
+        differing = [f"{key} {there[key]} (not {value})" for key, value in here.items() if there[key] != value]
         if differing:
-            lines.append(f"warning: node {node['host']} differs: {', '.join(differing)}. Results may, too.")
+            lines.append(f"warning: node {node['host']} has {', '.join(differing)}: results may differ between nodes.")
     return lines
 
 

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from ist.training.command_line import UsageError, markdown_table
+
 
 class Package(NamedTuple):
     """
@@ -80,8 +82,6 @@ def require_package(name: str, what: str) -> None:
     Raises:
         UsageError: it is not installed, or too old.
     """
-    from ist.training.command_line import UsageError  # here: it reads its texts with packages of its own
-
     if problem := shortcomings([name]):
         raise UsageError(f"{what} needs {name}: {problem}.")
 
@@ -93,6 +93,5 @@ def is_packed(tensor: Any) -> bool:
 
 def as_table() -> str:
     """Markdown: what launch/README.md says of versions."""
-    head = ["package", "lowest version", "a lower one", "needed by"]
     rows = ([name, package.lowest, package.lacks, package.needed_by or "all"] for name, package in PACKAGES.items())
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+    return "\n".join(markdown_table(["package", "lowest version", "a lower one", "needed by"], rows))

@@ -215,7 +215,7 @@ def plan(run: PlannedRun) -> str:
     step, topology = found.step, run.topology
     how = "sharded over" if topology.sharded else "whole on each of"
     if topology.replicas > 1:
-        how = f"in {topology.replicas} replicas, sharded over"
+        how = f"in {topology.replicas} replicas, each sharded over {topology.ranks // topology.replicas} of"
     lines = [
         f"Predicted memory per device, model {how} {topology.ranks} device{'s' * (topology.ranks > 1)}, micro-batches "
         f"of {run.shape[0]} x {run.shape[1]} tokens:",

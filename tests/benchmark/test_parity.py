@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ist.benchmark import parity
+from ist.benchmark import command, parity
 from ist.benchmark.command import main
 
 
@@ -55,6 +55,15 @@ def test_distances_of_losses_and_adapters(run, tmp_path):
     wrong, loss, adapter = parity.differences(other, run)
     assert (wrong, loss) == ("", pytest.approx(0.25))
     assert adapter == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_table_is_written_and_the_exit_code_says_whether_all_are_equal(monkeypatch, tmp_path, capsys, equal):
+    rows = [["2 GPUs", "to one process"], ["ddp", "equal" if equal else "too far apart"]]
+    monkeypatch.setattr(command, "check", lambda *_: (rows, equal))
+    assert main(["parity", "--output", str(tmp_path / "parity.json")]) == (0 if equal else 1)
+    assert json.loads((tmp_path / "parity.json").read_text())["rows"] == rows
+    assert f"| ddp | {rows[1][1]} |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
