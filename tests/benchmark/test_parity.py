@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ist.benchmark import command, parity
 from ist.benchmark.command import main
+from ist.training.command_line import UsageError
 
 
 @pytest.fixture
@@ -73,4 +74,5 @@ def test_all_topologies_on_two_ranks(tmp_path, capsys):
     for name in ("ddp", "fsdp2", "ddp to fsdp2", "a killed rank, resumed"):
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
         assert line.endswith("| equal |")
-    assert main(["parity", "--ranks", "2", "--folder", str(tmp_path / "runs")]) == 2  # not empty
+    with pytest.raises(UsageError, match="--folder .*runs is not empty: name another"):
+        main(["parity", "--ranks", "2", "--folder", str(tmp_path / "runs")])

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
-import ist.training.command_line
+import ist.distributed
 import train_ist
 from ist.training.command_line import UsageError, print_error
 from ist.training.files import WriteError
@@ -130,7 +130,7 @@ def attempt(work: Path, run: Path, topology: str, resume: str, name: str) -> dic
     errors, output = work / f"{name}.stderr{RANK}", io.StringIO()
     # As run_command prints it; the store of this launch remembers the errors of earlier runs.
     first_to_say = first_of_launch
-    ist.training.command_line.is_first_to_say = lambda text: first_to_say(f"{name} {text}")
+    ist.distributed.is_first_to_say = lambda text: first_to_say(f"{name} {text}")
     launchers, descriptor = os.dup(2), os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)
     reset_accelerate()
@@ -154,7 +154,7 @@ def attempt(work: Path, run: Path, topology: str, resume: str, name: str) -> dic
     return {"code": code, "stderr": errors.read_text(errors="replace"), "stdout": output.getvalue()}
 
 
-first_of_launch = ist.training.command_line.is_first_to_say
+first_of_launch = ist.distributed.is_first_to_say
 
 
 def worker(args: argparse.Namespace) -> None:
