@@ -84,6 +84,8 @@ class ISTCallback(TrainerCallback, ExportableState):
             self.config,
             lambda step: _batches(step, self.config, args, train_dataloader),
         )
+        if self.config.anneal_to_fixed:
+            self.tuner.rule.total_steps = state.max_steps
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not all(id(parameter) in trained for parameter in self.tuner.trained_parameters()):
             raise ValueError("the optimizer lacks adapter parameters: make it while all layers can be trained")
@@ -113,6 +115,7 @@ class ISTCallback(TrainerCallback, ExportableState):
             print("IST: the checkpoint was made without ISTCallback, so scores start from zero")
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.tuner.observe_gradients()
         trained = {id(parameter) for parameter in self.tuner.trained_parameters()}
         adapter = (parameter for layer in self.tuner.layers.parameters for parameter in layer)
         if any(parameter.grad is not None for parameter in adapter if id(parameter) not in trained):

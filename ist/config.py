@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 Count = int | float | Literal["all"]  # of layers, or of scalars: a number, a fraction in (0, 1), all
 
@@ -76,6 +76,12 @@ def resolve_count(key: str, value: Count, total: int, floor: bool, of: str) -> i
 CHEAP = 8
 
 
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Of Literal[...], with or without `| None`."""
+    literal = next((part for part in get_args(annotation) if get_origin(part) is Literal), annotation)
+    return get_args(literal)
+
+
 @dataclass
 class ISTConfig:
     """Hyper-parameters of Importance-aware Sparse Tuning; the defaults are the paper's (section 4 and Table 8).
@@ -121,12 +127,53 @@ class ISTConfig:
             " of a candidate set is measured."
         },
     )
-    score_lr: float = field(
-        default=10.0, metadata={"help": "mu, step size of the scores; 100 for short runs such as math."}
+    score_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "mu, step size of the scores. Default: 10 (100 suits short runs such as math); 0.2 with "
+            "reward_scale sd."
+        },
     )
-    score_rule: Literal["paper", "released"] = field(
+    score_rule: Literal["paper", "released", "expected"] = field(
         default="paper",
-        metadata={"help": "paper or released, the authors' code. paper is the paper's equations 6 to 10."},
+        metadata={
+            "help": "paper, released or expected. paper is the paper's equations 6 to 10; released is the authors' "
+            "code; expected moves the scores by the mean of equations 9 and 10 over all candidate sets, from one "
+            "forward and backward by the layers' gates, and draws no sets."
+        },
+    )
+    score_decay: float | None = field(
+        default=None,
+        metadata={"help": "What is left of a score at the next update. Default: 1, the paper's; 0.95 with expected."},
+    )
+    reward_scale: Literal["none", "sd"] | None = field(
+        default=None,
+        metadata={
+            "help": "none or sd: rewards divided by their standard deviation. mu is then independent of the task's "
+            "loss. Default: none, the paper's; sd with expected."
+        },
+    )
+    shrink: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Shrink effects by their standard error (James-Stein). Where nothing is to be seen layers stay "
+            "near uniform. With score_rule expected, and true there by default."
+        },
+    )
+    uniform_candidates: bool = field(
+        default=False,
+        metadata={"help": "Candidate sets are drawn uniformly. Layers that train still go by the scores."},
+    )
+    draw: Literal["independent", "stratified"] = field(
+        default="independent",
+        metadata={"help": "independent or stratified: one layer of each of N_u bands of depth. By score in its band."},
+    )
+    draw_interval: int = field(
+        default=1, metadata={"help": "Steps that drawn layers stay for. For ist, random, placebo and oracle."}
+    )
+    anneal_to_fixed: float | None = field(
+        default=None,
+        metadata={"help": "After this share of the steps the best N_u layers stay. Default: never."},
     )
     probe: Literal["full", "cheap", "gradient"] = field(
         default="full",
@@ -167,20 +214,41 @@ class ISTConfig:
         from ist.selection import RULES
 
         allowed = {"selection": tuple(RULES)}
-        for key in ("selection", "score_rule", "probe", "layer_stack"):
-            choices = allowed.get(key) or get_args(ISTConfig.__annotations__[key])
-            check(getattr(self, key) in choices, key, "one of " + ", ".join(choices), getattr(self, key))
+        for key in ("selection", "score_rule", "probe", "layer_stack", "draw", "reward_scale"):
+            choices, given = allowed.get(key) or _choices(ISTConfig.__annotations__[key]), getattr(self, key)
+            left_out = key == "reward_scale" and given is None
+            check(left_out or given in choices, key, "one of " + ", ".join(choices), given)
         self.trained_layers = parse_count("trained_layers", self.trained_layers)
         self.kept_layers = parse_count("kept_layers", self.kept_layers)
         check(self.candidates >= 2, "candidates", "2 or more (one set is its own mean: reward 0)", self.candidates)
         check(self.update_interval >= 1, "update_interval", "1 or more", self.update_interval)
         check(0 <= self.suppression <= 1, "suppression", "in [0, 1]", self.suppression)
-        check(0 <= self.score_lr < float("inf"), "score_lr", "a finite number, 0 or more", self.score_lr)
+        self._resolve_score_keys()
+        check(self.draw_interval >= 1, "draw_interval", "1 or more", self.draw_interval)
+        if self.anneal_to_fixed is not None:
+            check(0 < self.anneal_to_fixed < 1, "anneal_to_fixed", "in (0, 1)", self.anneal_to_fixed)
         if self.probe_batch_size is not None:
             check(self.probe_batch_size >= 1, "probe_batch_size", "1 or more", self.probe_batch_size)
         if self.probe_max_length is not None:
             check(self.probe_max_length >= 2, "probe_max_length", "2 or more tokens", self.probe_max_length)
         check(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2^32 - 1", self.seed)
+
+    def _resolve_score_keys(self) -> None:
+        """Defaults by score_rule, those of `paper` being the paper's."""
+        expected = self.score_rule == "expected"
+        self.reward_scale = ("sd" if expected else "none") if self.reward_scale is None else self.reward_scale
+        self.shrink = expected if self.shrink is None else self.shrink
+        decay = (0.95 if expected else 1.0) if self.score_decay is None else self.score_decay
+        rate = (0.2 if self.reward_scale == "sd" else 10.0) if self.score_lr is None else self.score_lr
+        check(0 <= rate < float("inf"), "score_lr", "a finite number, 0 or more", rate)
+        check(0 < decay <= 1, "score_decay", "above 0, and 1 at most", decay)
+        self.score_lr, self.score_decay = rate, decay
+        check(expected or not self.shrink, "shrink", "left out without `score_rule=expected`, which has errors", True)
+        if expected:
+            allowed = "full or cheap with `score_rule=expected`, which measures by the gates anyway"
+            check(self.probe != "gradient", "probe", allowed, self.probe)
+            allowed = "2 or more with `shrink=true`: one row has no standard error"
+            check(not self.shrink or self.probe_batch_size != 1, "probe_batch_size", allowed, self.probe_batch_size)
 
     @property
     def calibrates(self) -> bool:
@@ -190,7 +258,7 @@ class ISTConfig:
     @property
     def suppresses(self) -> bool:
         """Whether the rule learns from losses with suppressed responses."""
-        return self.selection in ("ist", "semantic+ist")
+        return self.selection in ("ist", "semantic+ist", "placebo")
 
     def without_rule_keys(self, selection: str, **keys: Any) -> "ISTConfig":
         """The same numbers of the method for another rule."""

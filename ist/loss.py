@@ -88,8 +88,13 @@ def row_loss_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def predicted_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """How many tokens of a batch the loss counts, an int64 scalar. The first token of a row is predicted by an
     encoder-decoder alone, whose decoder begins with a token of its own."""
+    return row_predicted_tokens(model, batch).sum()
+
+
+def row_predicted_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The same for each row of the batch: [B] int64."""
     labels = batch["labels"]
-    return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORE).sum()
+    return ((labels if model.config.is_encoder_decoder else labels[:, 1:]) != IGNORE).sum(dim=1)
 
 
 def count_predicted(labels: Sequence[int]) -> int:

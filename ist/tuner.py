@@ -14,7 +14,8 @@ from ist.config import ConfigError, ISTConfig
 from ist.instruments import effective_layers
 from ist.layers import LayerMap
 from ist.loss import Loss, token_loss
-from ist.selection import CalibratedRule, make_rule
+from ist.selection import CalibratedRule, GradientNorm, make_rule
+from ist.selection.shards import joint_norms
 from ist.suppression import evaluation_mode
 
 ProbeBatches = Callable[[int | str], Iterable[dict[str, Tensor]]]
@@ -104,9 +105,9 @@ class SparseTuner:
             self.prepare()
             update = self.update_importance(step) if self.rule.due(step) else None
             # Scores stay put until the next update, so that all selections up to it are known, and compared, now; a
-            # thousand at most, as the run may end long before.
+            # thousand at most, as the run may end long before. A rule that learns at every step has one.
             interval = self.config.update_interval
-            end = min((step // interval + 1) * interval, step + 1000)
+            end = min((step // interval + 1) * interval, step + (1000 if self.rule.plans else 1))
             self._plan = {s: self.rule.trained(s) for s in range(step, end)}
             self._require_agreement(step)
         self._activate(self._plan[step])
@@ -115,15 +116,9 @@ class SparseTuner:
     def update_importance(self, step: int) -> dict:
         """The importance loop: one loss per candidate set, everything outside the set suppressed (Eq. 8-10)."""
         start = time.perf_counter()
-        candidates = self.rule.candidates(step)
         batches = partial(self._require_batches(), step)
-        with evaluation_mode(self.model):
-            sums = PROBES[self.config.probe](
-                self.model, self.layers, candidates, self.config.suppression, batches, self.loss
-            )
-        loss_sum, tokens = distributed.reduce_sum(sums).unbind(dim=1)
-        losses = (loss_sum / tokens).tolist()
-        rewards = self.rule.update(candidates, losses)
+        measure = self._learn_effects if self.config.score_rule == "expected" else self._compare_candidates
+        measured = measure(step, batches)
         seconds = time.perf_counter() - start
         self.probe_seconds += seconds
         importance = self.rule.importance
@@ -131,12 +126,57 @@ class SparseTuner:
             "step": step,
             "scores": importance.tolist(),
             "probabilities": torch.sigmoid(importance).tolist(),
-            "candidates": candidates,
-            "losses": losses,
-            "rewards": rewards,
+            **measured,
             "probe_seconds": seconds,
             "effective_layers": effective_layers(self.trained_counts),  # of the `step` steps before this update
         }
+
+    def _compare_candidates(self, step: int, batches: probe.Batches) -> dict:
+        """Losses of candidate sets, all outside a set suppressed, and what the rule learns of them (Eq. 8-10)."""
+        candidates = self.rule.candidates(step)
+        measure = PROBES[self.config.probe]
+        if self.config.probe == "gradient":
+            measure = partial(probe.estimated, probed=self.rule.probed)
+        with evaluation_mode(self.model):
+            sums = measure(self.model, self.layers, candidates, self.config.suppression, batches, self.loss)
+        loss_sum, tokens = distributed.reduce_sum(sums).unbind(dim=1)
+        losses = (loss_sum / tokens).tolist()
+        return {"candidates": candidates, "losses": losses, "rewards": self.rule.update(candidates, losses)}
+
+    def _learn_effects(self, step: int, batches: probe.Batches) -> dict:
+        """The effect of each layer at the mean gate, and what the rule learns of it: Eq. 9-10 in the mean."""
+        probed, gate = self.rule.probed, self.rule.mean_gate
+        with evaluation_mode(self.model):
+            found = probe.gate_derivatives(self.model, self.layers, probed, gate, batches(), self.loss)
+        sums = distributed.reduce_sum(probe.effect_sums(found))
+        if not sums.isfinite().all():
+            raise FloatingPointError(f"the loss of the importance update before step {step} is not finite")
+        seen = probe.effects(sums.cpu(), self.config.suppression)
+        learned = self.rule.learn(seen.effects, seen.standard_errors)
+        return {
+            "candidates": [],
+            "losses": [seen.loss],
+            "rewards": [],
+            "effects": self._by_layer(seen.effects),
+            "standard_errors": self._by_layer(seen.standard_errors),
+            "split_half": seen.split_half,
+            **(learned or {}),
+        }
+
+    def _by_layer(self, values: Tensor | None) -> list[float] | None:
+        """[N_L] of values of the probed layers; 0 for the others."""
+        if values is None:
+            return None
+        whole = [0.0] * self.layers.n_layers
+        for i, value in zip(self.rule.probed, values.tolist(), strict=True):
+            whole[i] = value
+        return whole
+
+    def observe_gradients(self) -> None:
+        """Tell a rule that learns from gradients those of the trained layers; after the backward of a step."""
+        if isinstance(self.rule, GradientNorm):
+            gradients = [[p.grad for p in self.layers.parameters[i] if p.grad is not None] for i in self.trained]
+            self.rule.observe(self.trained, joint_norms(gradients))
 
     def trained_buckets(self) -> list[list[nn.Parameter]]:
         """Trained parameters by layer in the order of the backward: the top layer first, those outside layers last."""

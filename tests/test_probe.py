@@ -1,5 +1,7 @@
 """Cheaper probes beside the paper's: stacked candidates, and the derivative by each layer's response."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,7 +13,7 @@ from ist import probe
 from ist.adapters import SeriesConfig
 from ist.config import ISTConfig
 from ist.layers import LayerMap
-from ist.loss import token_loss_sum
+from ist.loss import row_loss_sums, token_loss_sum
 from ist.suppression import RowsMixed, evaluation_mode, suppress
 from ist.training.data import micro_batches
 from ist.tuner import PROBES
@@ -70,26 +72,35 @@ def test_stacked_is_one_forward_a_batch():
     assert seen == [9, 9, 9]
 
 
+@pytest.mark.parametrize("at", [1.0, 0.625])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["lora", "series"])
-def test_derivatives_by_the_responses_against_differences(name, checkpointing):
+@pytest.mark.parametrize("name", ["lora", "series", "lily"])
+def test_derivatives_by_the_responses_against_differences(name, checkpointing, at):
     model, layers = adapted(name)
     model, h = model.double(), 0.02  # no smaller: Llama's norms are float32 in any model
+    probed = [0, 1, 2, 4]  # layer 3 keeps its response
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
 
     def loss(i: int, g: float) -> torch.Tensor:
-        with suppress(layers.modules[i], g):
-            return sum(token_loss_sum(model, batch) for batch in some_batches())
+        with ExitStack() as hooks:
+            for layer in probed:
+                hooks.enter_context(suppress(layers.modules[layer], g if layer == i else at))
+            return torch.cat([row_loss_sums(model, batch) for batch in some_batches()])
 
     with evaluation_mode(model):
-        _, derivatives, tokens = probe.gate_derivatives(model, layers, some_batches())
+        losses, derivatives, tokens = probe.gate_derivatives(model, layers, probed, at, some_batches())
+        torch.testing.assert_close(losses, loss(0, at).double(), rtol=1e-6, atol=0)
         steps = {-2: 1, -1: -8, 1: 8, 2: -1}  # of fourth order
-        differences = [sum(w * loss(i, 1 + n * h) for n, w in steps.items()) / (12 * h) for i in range(5)]
-    torch.testing.assert_close(derivatives, torch.stack(differences).double(), rtol=2e-3, atol=2e-3)
-    assert derivatives.abs().min() > 0.01
-    assert tokens == sum((batch["labels"][:, 1:] != -100).sum() for batch in some_batches())
+        differences = [sum(w * loss(i, at + n * h) for n, w in steps.items()) / (12 * h) for i in probed]
+    by_layer = torch.stack(differences, dim=1).double()
+    if name == "lily":  # its rows cannot have a gate each: those of a batch are one
+        losses, by_layer = losses, by_layer.view(3, 3, 4).sum(dim=1)
+    torch.testing.assert_close(derivatives, by_layer, rtol=2e-3, atol=2e-3)
+    assert derivatives.abs().max(dim=0).values.min() > 0.01
+    counted = torch.cat([(batch["labels"][:, 1:] != -100).sum(dim=1) for batch in some_batches()])
+    torch.testing.assert_close(tokens, (counted.view(3, 3).sum(dim=1) if name == "lily" else counted).double())
     assert all(p.grad is None and p.requires_grad == before[n][1] for n, p in model.named_parameters())
     assert all(torch.equal(p, before[n][0]) for n, p in model.named_parameters())
 
@@ -112,7 +123,7 @@ def test_an_exception_leaves_nothing_frozen():
     model, layers = adapted("lora")
     trains = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ZeroDivisionError), evaluation_mode(model):
-        probe.gate_derivatives(model, layers, (1 / 0 for _ in range(1)))
+        probe.gate_derivatives(model, layers, range(5), 1.0, (1 / 0 for _ in range(1)))
     assert [p.requires_grad for p in model.parameters()] == trains
     assert not any(m._forward_hooks or m._forward_pre_hooks for modules in layers.modules for m in modules)
 

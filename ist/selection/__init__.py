@@ -23,14 +23,18 @@ RULES: dict[str, tuple[str, str, str | None]] = {
     "lisa": ("ist.selection.lisa", "LisaSampler", f"{_KEYS}.LisaConfig"),
     "fixed": (*_FIXED[:2], "FixedConfig"),
     "first": _FIXED,
+    "middle": _FIXED,
     "last": _FIXED,
     "semantic": _SEMANTIC,
     "semantic+ist": _SEMANTIC,
+    "gradient_norm": ("ist.selection.gradient_norm", "GradientNorm", f"{_KEYS}.GradientNormConfig"),
+    "placebo": ("ist.selection.controls", "Placebo", None),
+    "oracle": ("ist.selection.controls", "Oracle", f"{_KEYS}.OracleConfig"),
     "id3": ("ist.selection.id3", "StepwiseUnmasking", f"{_KEYS}.ID3Config"),
 }
 _HOME = {"CalibratedRule": "ist.selection.rule", "SelectionRule": "ist.selection.rule"}
 _HOME |= {name: module for module, *names in RULES.values() for name in names if name and "." not in name}
-_HOME |= dict.fromkeys(("LisaConfig", "SemanticConfig", "ID3Config"), _KEYS)
+_HOME |= dict.fromkeys(("LisaConfig", "SemanticConfig", "ID3Config", "GradientNormConfig", "OracleConfig"), _KEYS)
 __all__ = ["RULES", "config_class", "make_rule", "rule_fields", *_HOME]
 
 

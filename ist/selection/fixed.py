@@ -1,4 +1,4 @@
-"""The same layers at every step: a list, the first or the last N_u."""
+"""The same layers at every step: a list, the first, the middle or the last N_u."""
 
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ class FixedConfig(ISTConfig):
 
 
 class FixedLayers(Unlearned):
-    """`fixed`, `first` and `last`: the same layers at every step.
+    """`fixed`, `first`, `middle` and `last`: the same layers at every step.
 
     `last` is the cheapest choice of N_u layers there is: nothing below them is kept for the backward.
 
@@ -43,6 +43,9 @@ class FixedLayers(Unlearned):
             self._layers = list(range(count))
         elif config.selection == "last":
             self._layers = list(range(n_layers - count, n_layers))
+        elif config.selection == "middle":
+            start = (n_layers - count) // 2
+            self._layers = list(range(start, start + count))
         elif given is None:
             self._layers = [(2 * i + 1) * n_layers // (2 * count) for i in range(count)]
         else:

@@ -76,3 +76,25 @@ class ID3Config(ISTConfig):
             ConfigError: it is more than those.
         """
         return resolve_count("id3_budget", self.id3_budget, candidates, False, "the scalars that may train")
+
+
+@dataclass
+class GradientNormConfig(ISTConfig):
+    gradient_norm_decay: float = field(
+        default=0.9, metadata={"help": "gradient_norm: what is left of a layer's mean when it trains again."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.gradient_norm_decay < 1, "gradient_norm_decay", "0 or more, below 1", self.gradient_norm_decay)
+
+
+@dataclass
+class OracleConfig(ISTConfig):
+    oracle_scores: str = field(
+        default="", metadata={"help": "oracle: a JSON file with a score for each layer. Layers are drawn by these."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.oracle_scores), "oracle_scores", "given with `selection=oracle`: a JSON file", "none")

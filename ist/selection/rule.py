@@ -19,9 +19,11 @@ class SelectionRule(Protocol):
 
     Attributes:
         counts: {N_L, N_u, N_v}; N_u is the number of layers that `trained` gives.
+        plans: whether `trained` is known up to the next update; else for the present step alone.
     """
 
     counts: LayerCounts
+    plans: bool
 
     def due(self, step: int) -> bool:
         """Whether candidate losses must be measured before `step`; only a LearnedRule says yes."""
@@ -48,6 +50,18 @@ class LearnedRule(SelectionRule, Protocol):
     def update(self, candidates: Sequence[Sequence[int]], losses: Sequence[float]) -> list[float]:
         """Learn from the losses; the reward of each set."""
 
+    @property
+    def probed(self) -> list[int]:
+        """The layers that candidate sets choose from; the others keep their response."""
+
+    @property
+    def mean_gate(self) -> float:
+        """What their responses are multiplied by in the mean over uniform candidate sets."""
+
+    def learn(self, effects: "Tensor", standard_errors: "Tensor | None") -> dict | None:
+        """Learn from the effects of the probed layers ([n], centred, with their standard errors): score_rule expected.
+        What is returned goes into the line of importance.jsonl."""
+
 
 @runtime_checkable
 class CalibratedRule(SelectionRule, Protocol):
@@ -64,6 +78,8 @@ class CalibratedRule(SelectionRule, Protocol):
 
 class Unlearned:
     """The part of a rule that observes nothing: no updates, no state."""
+
+    plans = True
 
     def due(self, step: int) -> bool:
         return False

@@ -168,8 +168,11 @@ class SemanticFreezing:
         ConfigError: the floor or the budget leave no boundary.
     """
 
+    plans = True
+
     def __init__(self, n_layers: int, config: SemanticConfig) -> None:
         self.config = config
+        self.total_steps: int | None = None  # as ImportanceSampler's
         self.deviations: list[float] | None = None
         self.positions: list[int] | None = None
         self.boundary: int | None = None
@@ -227,6 +230,7 @@ class SemanticFreezing:
         else:
             config = self.config.without_rule_keys("all", kept_layers="all")
         self._above = ImportanceSampler(n_layers - self.frozen, config)
+        self._above.total_steps = self.total_steps
         self.counts = LayerCounts(n_layers, self._above.counts.trained, self._above.counts.kept)
 
     def summary(self) -> dict:
@@ -252,6 +256,17 @@ class SemanticFreezing:
         return self._learner.update(
             [[i - self.frozen for i in kept if i >= self.frozen] for kept in candidates], losses
         )
+
+    @property
+    def probed(self) -> list[int]:
+        return self._raised(self._learner.probed)
+
+    @property
+    def mean_gate(self) -> float:
+        return self._learner.mean_gate
+
+    def learn(self, effects: Tensor, standard_errors: Tensor | None) -> dict | None:
+        return self._learner.learn(effects, standard_errors)
 
     def state_dict(self) -> dict:
         seen = {"deviations": self.deviations, "positions": self.positions}

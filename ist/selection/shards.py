@@ -1,5 +1,7 @@
 """Arithmetic over the shards of a parameter, for rules that choose scalars: each rank sees its rows of each tensor."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -65,6 +67,14 @@ def flat_range(tensor: Tensor) -> tuple[int, int]:
     if stop - start != flat_part(tensor).numel():
         raise RuntimeError(f"rank {place} of {parts} holds {flat_part(tensor).numel()} scalars, not {stop - start}")
     return start, stop
+
+
+def joint_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+    """[len(groups)] float64: the norm of all entries of each group of tensors, sharded or not. All ranks call it."""
+    squares = [[local_tensor(tensor).double().square().sum() for tensor in tensors] for tensors in groups]
+    sums = torch.stack([torch.stack(of_group).sum() for of_group in squares])
+    first = next((tensor for tensors in groups for tensor in tensors if isinstance(tensor, DTensor)), None)
+    return (sums if first is None else sum_over_parts(sums, first)).sqrt()
 
 
 def gather_parts(values: Tensor, tensor: Tensor) -> Tensor:

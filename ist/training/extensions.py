@@ -8,7 +8,7 @@ from peft import AdaLoraConfig
 from torch import Tensor, nn
 
 from ist.adapters.adalora import AdaLoraAllocation
-from ist.selection import StepwiseUnmasking
+from ist.selection import GradientNorm, StepwiseUnmasking
 from ist.training.job import Job
 from ist.training.resting_state import RestingState
 from ist.tuner import SparseTuner
@@ -101,6 +101,17 @@ class Unmasking(Extension):
         return {"id3": self.rule.summary(self.tuner.layers.parameters)}
 
 
+class GradientNorms(Extension):
+    """The rule that draws by the gradient norms of the layers."""
+
+    def __init__(self, tuner: SparseTuner) -> None:
+        self.tuner = tuner
+
+    def after_backward(self, step: int) -> dict[str, Any]:
+        self.tuner.observe_gradients()
+        return {}
+
+
 class Resting(Extension):
     def __init__(self, optimizer: torch.optim.Optimizer, tuner: SparseTuner, policy: str) -> None:
         self.state, self.tuner = RestingState(optimizer, tuner.layers, policy), tuner
@@ -163,11 +174,15 @@ def make_extensions(
 ) -> Extensions:
     """Those that this run needs; `optimizer` is torch's, not Accelerate's wrapper of it."""
     members: list[Extension] = []
+    if job.config.anneal_to_fixed:
+        tuner.rule.total_steps = job.max_steps
     if isinstance(job.peft_config, AdaLoraConfig):
         members.append(AdaLora(tuner.model, job.peft_config))
     if isinstance(tuner.rule, StepwiseUnmasking):
         tuner.rule.attach(parameters, optimizer, job.max_steps)
         members.append(Unmasking(tuner.rule, tuner))
+    if isinstance(tuner.rule, GradientNorm):
+        members.append(GradientNorms(tuner))
     if job.args.optimizer_state != "keep":
         members.append(Resting(optimizer, tuner, job.args.optimizer_state))
     return Extensions(members)

@@ -295,6 +295,8 @@ def layers_that_train(config: ISTConfig, n_layers: int, steps: int = 1000) -> tu
     are otherwise the topmost, whose gradients come first. A semantic boundary is taken to be the lowest one possible.
     """
     rule: SelectionRule = make_rule(n_layers, config)
+    if config.anneal_to_fixed:  # what stays then is one of the draws
+        rule.total_steps = math.ceil(steps / config.anneal_to_fixed)
     if isinstance(rule, SemanticFreezing):  # gains that fall so fast that the lowest boundary allowed has the largest
         rule.see([math.exp(sum(-(4.0**-i) for i in range(space))) for space in range(n_layers + 1)])
     draws = [rule.trained(step) for step in range(steps)]

@@ -207,7 +207,7 @@ def _plan_base_weights(args: Arguments, model: nn.Module) -> LayerMap:
     Raises:
         UsageError: the selection, or 4-bit weights, do not go with that; or there is no list of layers.
     """
-    if args.selection in ("ist", "semantic+ist"):
+    if args.selection in ("ist", "semantic+ist", "placebo"):
         raise UsageError(
             f"--selection {args.selection} suppresses the response of adapters, and --peft_method none has none: "
             "choose another selection (all, lisa, random, ...)."

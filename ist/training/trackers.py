@@ -142,8 +142,10 @@ def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, 
     values: dict[str, float] = {"probe/seconds": update["probe_seconds"]}
     if "effective_layers" in update:  # lines of earlier versions lack it
         values["importance/effective_layers"] = update["effective_layers"]
-    for j, (loss, reward) in enumerate(zip(update["losses"], update["rewards"], strict=True)):
-        values |= {f"probe/loss_{j}": loss, f"probe/reward_{j}": reward}
+    values |= {f"probe/loss_{j}": loss for j, loss in enumerate(update["losses"])}
+    values |= {f"probe/reward_{j}": reward for j, reward in enumerate(update["rewards"])}  # none under `expected`
+    if update.get("split_half") is not None:
+        values["probe/split_half"] = update["split_half"]
     values |= {f"importance/score/layer_{i:02d}": score for i, score in enumerate(update["scores"])}
     return values | {f"importance/trained_steps/layer_{i:02d}": count for i, count in enumerate(trained_counts)}
 

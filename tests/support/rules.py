@@ -29,6 +29,9 @@ ARMS = {
     "semantic+ist": {"selection": "semantic+ist", "semantic_budget": 0.75, "min_trained_layers": 2},
     "ist, cheap probe": {"selection": "ist", "probe": "cheap"},
     "ist, gradient probe": {"selection": "ist", "probe": "gradient", "probe_batch_size": 3},
+    "ist, expected": {"score_rule": "expected", "score_lr": 5, "draw_interval": 3, "draw": "stratified"},
+    "placebo": {"selection": "placebo", "anneal_to_fixed": 0.75},
+    "gradient_norm": {"selection": "gradient_norm"},
     "all, full": {"selection": "all", **FULL},
     "lisa, full": {"selection": "lisa", "lisa_interval": 4, **FULL},
     "random, full": {"selection": "random", **FULL},
@@ -38,7 +41,7 @@ ARMS = {
     "id3, ties": {"selection": "id3", "id3_budget": 0.7, "id3_steps": 2, "lora_r": 5},
     "id3, full": {"selection": "id3", "id3_budget": 0.3, **FULL},
 }
-RESUMED_ON_TWO_RANKS = ["lisa", "semantic+ist", "lisa, full", "id3"]
+RESUMED_ON_TWO_RANKS = ["lisa", "semantic+ist", "ist, expected", "gradient_norm", "lisa, full", "id3"]
 
 
 def slug(name: str) -> str:
