@@ -74,5 +74,5 @@ def test_all_topologies_on_two_ranks(tmp_path, capsys):
     for name in ("ddp", "fsdp2", "ddp to fsdp2", "a killed rank, resumed"):
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
         assert line.endswith("| equal |")
-    with pytest.raises(UsageError, match="--folder .*runs is not empty: name another"):
+    with pytest.raises(UsageError, match=r"--folder .*runs is not empty: name another"):
         main(["parity", "--ranks", "2", "--folder", str(tmp_path / "runs")])
