@@ -36,6 +36,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from ist.config import ConfigError, ISTConfig
 from ist.distributed import StopAgreement, from_main, in_turns, reduce_in_float32, require_launcher, require_topology
 from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
+from ist.selection.keys import CONTROLS
 from ist.training.checkpoint import find_checkpoint, last_checkpoint
 from ist.training.checkpoints import Checkpoints, Progress, WholeAdapter
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
@@ -130,7 +131,7 @@ def start(
     peft_config = make_peft_config(args, max_steps)
     if args.plan:
         if accelerator.is_main_process:
-            print(plan_run(planned._replace(args=args), config, peft_config, data, accelerator))
+            print(plan_run(planned, args, config, peft_config, data, accelerator))
         return 0
     if config_key(args):
         configuration["adapter"] = as_json(peft_config)
@@ -157,6 +158,7 @@ def start(
     here = environment(accelerator)
     facts = {
         **{**here, "nodes": nodes_of(here)},
+        **({"control": CONTROLS[args.selection]} if args.selection in CONTROLS else {}),
         **{"steps": checkpoint[1]["step"] if checkpoint else 0, "max_steps": max_steps},
         **{"layers": planned.layers.names, "layer_counts": rule.counts._asdict()},
         **{**data.facts, "resumed_from": str(checkpoint[0]) if checkpoint else None},
@@ -277,7 +279,7 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
     record, checkpoints = monitor.record, monitor.checkpoints
     extensions, adapter = checkpoints.extensions, checkpoints.adapter
     facts = {"steps": progress.step, "trained_counts": checkpoints.tuner.trained_counts, "best": progress.best}
-    facts |= extensions.facts()
+    facts |= extensions.facts() | record.remarks(checkpoints.tuner.trained_counts, progress.step)
     final = {"final_train_loss": progress.loss, "final_validation_loss": progress.validation_loss}
     monitor.require_finite(progress)
     if progress.step < job.max_steps:
@@ -305,6 +307,8 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
     record.close("finished")
     if args.push_to_hub and write:  # the run is finished, whatever becomes of this
         push(job.output_dir, args)
+    for remark in facts.get("importance_remarks", ()):
+        say(remark)
     say(f"finished {job.max_steps} steps; the result is in {result}")
     return 0
 

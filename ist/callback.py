@@ -107,7 +107,7 @@ class ISTCallback(TrainerCallback, ExportableState):
         saved = saved[0] if isinstance(saved, list) else saved
         here = json.loads(json.dumps(asdict(self.config)))
         there = saved["args"].get("config", here)
-        if differing := [key for key in here if there.get(key) != here[key]]:
+        if differing := [key for key in here if key in there and there[key] != here[key]]:
             raise ValueError(f"the checkpoint was made with another {', '.join(differing)}: resume with its ISTConfig")
         if tuner := self.restored or saved["attributes"].get("restored"):
             self.tuner.load_state_dict(tuner)

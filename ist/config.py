@@ -105,7 +105,8 @@ class ISTConfig:
             "random draws N_u layers at each step, lisa every lisa_interval steps; all is plain PEFT, or full "
             "fine-tuning; fixed, first and last always train the same; semantic trains the layers above a "
             "boundary that it finds before training, semantic+ist draws by importance among those; id3 unmasks "
-            "single weights step by step, in all layers."
+            "single weights step by step, in all layers; middle and gradient_norm: N_u layers in the middle, or by the "
+            "means of their gradient norms; placebo and oracle are controls for experiments."
         },
     )
     trained_layers: Count = field(
@@ -166,7 +167,7 @@ class ISTConfig:
     )
     draw: Literal["independent", "stratified"] = field(
         default="independent",
-        metadata={"help": "independent or stratified: one layer of each of N_u bands of depth. By score in its band."},
+        metadata={"help": "independent or stratified: one of each of N_u bands of depth. By score in its band."},
     )
     draw_interval: int = field(
         default=1, metadata={"help": "Steps that drawn layers stay for. For ist, random, placebo and oracle."}
@@ -285,6 +286,12 @@ class ISTConfig:
         return resolve_count(key, getattr(self, key), n_layers, self.score_rule == "released", of)
 
     def counts(self, n_layers: int) -> LayerCounts:
-        """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8). The released rule floors fractions."""
+        """{N_L, N_u, N_v} for a model with `n_layers` layers (paper, Table 8).
+
+        The released rule floors fractions: of N_v the number of the others, those it draws, so that 15 of 29 are kept.
+        """
         trained = n_layers if self.selection == "all" else self.layer_count("trained_layers", n_layers)
-        return LayerCounts(n_layers, trained, self.layer_count("kept_layers", n_layers))
+        kept = self.layer_count("kept_layers", n_layers)
+        if self.score_rule == "released" and isinstance(self.kept_layers, float):
+            kept = n_layers - int((1 - self.kept_layers) * n_layers + 1e-9)  # 0.3 * 10 is 3 here
+        return LayerCounts(n_layers, trained, kept)

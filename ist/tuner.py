@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ist import distributed, probe
 from ist.config import ConfigError, ISTConfig
-from ist.instruments import effective_layers
+from ist.instruments import Repeatability, effective_layers, rare_layers
 from ist.layers import LayerMap
 from ist.loss import Loss, token_loss
 from ist.selection import CalibratedRule, GradientNorm, make_rule
@@ -65,6 +65,7 @@ class SparseTuner:
             )
         self.trained: list[int] = list(range(self.layers.n_layers))
         self.trained_counts = [0] * self.layers.n_layers
+        self.repeatability = Repeatability()
         self.probe_seconds = 0.0
         self._outside = {id(model.get_parameter(name)) for name in self.layers.outside}
         in_layers = {id(parameter) for layer in self.layers.parameters for parameter in layer}
@@ -122,11 +123,14 @@ class SparseTuner:
         seconds = time.perf_counter() - start
         self.probe_seconds += seconds
         importance = self.rule.importance
+        probabilities = torch.sigmoid(importance).tolist()
         return {
             "step": step,
             "scores": importance.tolist(),
-            "probabilities": torch.sigmoid(importance).tolist(),
+            "probabilities": probabilities,
             **measured,
+            **self.repeatability.add(self._measured_by_layer(measured)),
+            "rare_layers": rare_layers(probabilities),
             "probe_seconds": seconds,
             "effective_layers": effective_layers(self.trained_counts),  # of the `step` steps before this update
         }
@@ -162,6 +166,14 @@ class SparseTuner:
             "split_half": seen.split_half,
             **(learned or {}),
         }
+
+    def _measured_by_layer(self, measured: dict) -> list[float]:
+        """For each probed layer what an update moves its score by, but for a factor that all have."""
+        if "effects" in measured:  # in the order in which the rule has learned them
+            effects = [measured["effects"][i] for i in self.rule.probed]
+            return [effects[i] for i in measured.get("permutation", range(len(effects)))]
+        sets = list(zip(measured["rewards"], measured["candidates"], strict=True))
+        return [sum(reward for reward, kept in sets if i in kept) for i in self.rule.probed]
 
     def _by_layer(self, values: Tensor | None) -> list[float] | None:
         """[N_L] of values of the probed layers; 0 for the others."""
@@ -202,7 +214,8 @@ class SparseTuner:
 
     def state_dict(self) -> dict:
         """The rule's state and the counts of trained steps, JSON-ready; draws depend on (seed, step) alone."""
-        return {**self.rule.state_dict(), "trained_counts": self.trained_counts}
+        state = {**self.rule.state_dict(), "trained_counts": self.trained_counts}
+        return state | ({"repeatability": self.repeatability.state_dict()} if self.repeatability.last else {})
 
     def load_state_dict(self, state: dict) -> None:
         """
@@ -214,6 +227,8 @@ class SparseTuner:
         if len(counts) != len(self.trained_counts) or any(type(count) is not int for count in counts):
             raise ValueError(f"trained_counts must be {len(self.trained_counts)} integers; got {counts}")
         self.trained_counts = counts
+        if "repeatability" in state:  # checkpoints of earlier versions lack it
+            self.repeatability.load_state_dict(state["repeatability"])
         self._plan = {}
 
     def _require_batches(self) -> ProbeBatches:

@@ -183,6 +183,8 @@ def test_layer_counts():
     assert ISTConfig(trained_layers=1, kept_layers=0.99).counts(2) == (2, 1, 2)
     assert ISTConfig(trained_layers=0.01).counts(4).trained == 1
     assert ISTConfig(score_rule="released").counts(30) == (30, 7, 15)  # the authors' code floors
+    assert ISTConfig(score_rule="released").counts(29) == (29, 7, 15)  # and suppresses 14, rounded down
+    assert ISTConfig(score_rule="released", kept_layers=0.7).counts(10).kept == 7  # 0.3 * 10 is 3
     for value in ("1.0", 1.0, "0", 0, "-1", "2.5", "half", "nan"):
         with pytest.raises(ConfigError, match="trained_layers"):
             ISTConfig(trained_layers=value)

@@ -128,7 +128,7 @@ class ScorerArguments:
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Base weights as 4-bit NF4 (bitsandbytes), as a QLoRA run trained on them."}
     )
-    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] | None = field(
+    prompt_template: Literal["alpaca", "llm_adapters", "ist_repository", "chat", "none"] | None = field(
         default=None, metadata={"help": "Default: that of the run that made the adapter (its run.json), else alpaca."}
     )
     chat_template: str | None = field(

@@ -4,6 +4,12 @@ from dataclasses import dataclass, field
 
 from ist.config import Count, ISTConfig, check, parse_count, resolve_count
 
+# Selections that a reader must not take for a method; run.json and the model card say it.
+CONTROLS = {
+    "placebo": "a control: importance updates without information (what was measured is permuted)",
+    "oracle": "a control: layers are drawn by given scores, which do not move",
+}
+
 
 @dataclass
 class LisaConfig(ISTConfig):
@@ -81,7 +87,7 @@ class ID3Config(ISTConfig):
 @dataclass
 class GradientNormConfig(ISTConfig):
     gradient_norm_decay: float = field(
-        default=0.9, metadata={"help": "gradient_norm: what is left of a layer's mean when it trains again."}
+        default=0.9, metadata={"help": "gradient_norm: weight of a layer's mean against its new norm."}
     )
 
     def __post_init__(self) -> None:

@@ -87,10 +87,11 @@ class DataArguments:
         "truncate", "What becomes of longer rows: truncate, drop or error."
     )
     preprocessing_num_workers: int | None = option(None, "Processes that tokenise. Default: one.")
-    prompt_template: Literal["alpaca", "llm_adapters", "chat", "none"] = option(
+    prompt_template: Literal["alpaca", "llm_adapters", "ist_repository", "chat", "none"] = option(
         "alpaca",
-        "alpaca, llm_adapters, chat or none. llm_adapters is the paper's, to the byte; chat is the tokenizer's chat "
-        "template; none is instruction + input + output.",
+        "alpaca, llm_adapters, ist_repository, chat or none. llm_adapters is that of LLM-Adapters to the byte; "
+        "ist_repository is that without blanks in empty lines, as the authors of IST have it; chat is the tokenizer's "
+        "chat template; none is instruction + input + output.",
     )
     chat_template: str | None = option(
         None,
@@ -172,13 +173,18 @@ class AdapterArguments:
 class TrainArguments:
     _argument_group_name = "training (names as in transformers.TrainingArguments)"
     free_keys = (
-        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # the global batch stays
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # global_batch_size stays
         *("gradient_checkpointing", "torch_compile", "torch_compile_backend"),
     )
     same_values: ClassVar = {"adamw_torch_fused": "adamw_torch", "offload": "keep"}  # of the same computation
 
     per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
-    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.")
+    gradient_accumulation_steps: int | None = option(
+        None, "Micro-batches per optimizer step. Default: 1, or as many as global_batch_size needs."
+    )
+    global_batch_size: int | None = option(
+        None, "Rows of an optimizer step, over all processes. Instead of gradient_accumulation_steps."
+    )
     learning_rate: float = option(2e-4, "Peak learning rate.")
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
@@ -203,8 +209,13 @@ class TrainArguments:
     torch_compile_backend: str = option("inductor", "Of torch.compile.")
 
     def __post_init__(self) -> None:
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"):
+            require(getattr(self, key) is None or getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        if self.global_batch_size and self.gradient_accumulation_steps:
+            raise UsageError(
+                f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} are both given: leave one out (null, where a recipe has it)."
+            )
         for key in ("learning_rate", "num_train_epochs"):
             require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
@@ -365,11 +376,9 @@ class Resolved(Arguments):
 
     Attributes:
         exclude_modules: regular expression of the modules that stay without an adapter, as PEFT takes it.
-        global_batch_size: rows of an optimizer step, over all processes and micro-batches.
     """
 
     exclude_modules: str | None = None
-    global_batch_size: int | None = None
 
     @classmethod
     def of(cls, args: Arguments, **values: Any) -> "Resolved":

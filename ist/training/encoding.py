@@ -25,7 +25,8 @@ _WITH_INPUT = ", paired with an input that provides further context"
 _REQUEST = ". Write a response that appropriately completes the request."
 _PAD = " " * 16  # LLM-Adapters' prompt stands indented in its source, and the indentation is in the prompt
 
-# template -> (prompt without input, prompt with input). llm_adapters is LLM-Adapters' training prompt to the byte.
+# template -> (prompt without input, prompt with input). llm_adapters is LLM-Adapters' training prompt to the byte;
+# ist_repository differs from it in empty lines, which have no blanks. Both evaluate with slightly different prompts.
 TEMPLATES = {
     "alpaca": (
         _INTRO + _REQUEST + "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
@@ -38,6 +39,11 @@ TEMPLATES = {
         f"{_INTRO}{_REQUEST}  \n\n{_PAD}### Instruction:\n{_PAD}{{instruction}}\n{_PAD}\n{_PAD}### Response:\n{_PAD}",
         f"{_INTRO}{_WITH_INPUT}{_REQUEST} \n\n{_PAD}### Instruction:\n{_PAD}{{instruction}}\n{_PAD}\n"
         f"{_PAD}### Input:\n{_PAD}{{input}}\n{_PAD}\n{_PAD}### Response:\n{_PAD}",
+    ),
+    "ist_repository": (
+        f"{_INTRO}{_REQUEST}  \n\n{_PAD}### Instruction:\n{_PAD}{{instruction}}\n\n{_PAD}### Response:\n{_PAD}",
+        f"{_INTRO}{_WITH_INPUT}{_REQUEST} \n\n{_PAD}### Instruction:\n{_PAD}{{instruction}}\n\n"
+        f"{_PAD}### Input:\n{_PAD}{{input}}\n\n{_PAD}### Response:\n{_PAD}",
     ),
     "none": ("{instruction}", "{instruction}{input}"),
 }

@@ -204,5 +204,8 @@ def _facts(run: dict[str, Any]) -> dict[str, Any]:
     ):
         if loss is not None:
             found[name] = f"{loss:.4f}"
+    found |= {name: run[name] for name in ("control",) if name in run}
+    if said := run.get("importance_remarks"):
+        found["importance"] = said[0]
     libraries = (f"{name} {version}" for name, version in run["versions"].items())
     return {**found, "seed": configuration["seed"], "versions": ", ".join(libraries)}

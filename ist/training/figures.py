@@ -2,6 +2,7 @@
 
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ist.instruments import effective_layers
+from ist.instruments import effective_layers, remarks, uniform_effective_layers
 from ist.training.command_line import brief
 from ist.training.files import replacing
 from ist.training.packages import require_package
@@ -209,11 +210,9 @@ def _plot_effective(axis: "Axes", updates: Sequence[dict], counts: Sequence[int]
     axis.plot(at, values, color=OUTSIDE, lw=1.8)
     axis.plot(steps, final, "o", color=OUTSIDE, clip_on=False, label=f"this run: {final:.1f}")
     if uniform_band(counts, steps):
-        # n_i ~ Binomial(t, p): E[sum n_i^2] = N_L (t p (1 - p) + t^2 p^2), over the square of sum n_i = t p N_L, which
-        # every draw of N_u layers gives. Its inverse is N_L t p / (1 - p + t p): N_u at the first step, N_L in the end.
-        t = np.unique(np.geomspace(1, steps, 200).round())
         share = min(1.0, sum(counts) / (steps * n_layers))
-        expected = n_layers * t * share / (1 - share + t * share)
+        t = np.unique(np.geomspace(1, steps, 200).round())
+        expected = [uniform_effective_layers([step * share] * n_layers, step) for step in t]
         axis.plot(t, expected, color="0.45", ls=":", lw=1.8, label=f"uniform draws: {expected[-1]:.1f}")
     axis.axhline(n_layers, color="black", ls="--", lw=1, label=f"all layers: {n_layers}")
     axis.set(xlabel="optimizer step", ylabel="layers", title="Effective layers", ylim=(0, 1.12 * n_layers))
@@ -256,7 +255,8 @@ def importance_figure(
         _plot_scores(axes["importance"], updates, colours, steps, kept)
         if updates:
             _colour_bar(colours, [axes["importance"]])
-    figure.suptitle(title)
+    said = remarks(updates[-1], len(updates), counts, steps) if updates else []
+    figure.suptitle("\n".join([title, *(textwrap.fill(said[0], 88) for _ in said[:1])]))
     return figure
 
 

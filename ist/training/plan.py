@@ -124,6 +124,7 @@ class PlannedRun:
         config: the model's.
         shape: rows and tokens of the largest micro-batch; `padded`: its rows can differ in length.
         like_gpu: count as on a GPU; else as on a CPU.
+        batch_given: global_batch_size is given, so that accumulation follows.
     """
 
     args: Resolved
@@ -135,6 +136,7 @@ class PlannedRun:
     padded: bool
     topology: Topology
     like_gpu: bool
+    batch_given: bool = False
 
     def with_keys(self, **values: Any) -> "PlannedRun":
         return replace(self, args=Resolved.of(self.args, **values))
@@ -191,8 +193,10 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, Callable[[PlannedRun], Plan
     if not args.gradient_checkpointing:
         yield flags(gradient_checkpointing=True)
     if run.shape[0] > 1:
-        accumulation = args.gradient_accumulation_steps * args.per_device_train_batch_size
-        text, change = flags(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation)
+        rows = {"per_device_train_batch_size": 1}
+        if not run.batch_given:
+            rows["gradient_accumulation_steps"] = args.gradient_accumulation_steps * args.per_device_train_batch_size
+        text, change = flags(**rows)
         yield text, lambda run: replace(change(run), shape=(1, run.shape[1]), padded=False)
     if topology.ranks > 1 and not topology.sharded and not args.load_in_4bit and args.optim.startswith("adamw_torch"):
         yield "accelerate_configs/fsdp2.yaml", lambda run: replace(run, topology=replace(topology, sharded=True))
@@ -263,10 +267,15 @@ def _gb(size: float) -> str:
 
 
 def plan_run(
-    planned: ModelPlan, ist_config: ISTConfig, peft_config: PeftConfig | None, data: Data, accelerator: Accelerator
+    planned: ModelPlan,
+    args: Resolved,
+    ist_config: ISTConfig,
+    peft_config: PeftConfig | None,
+    data: Data,
+    accelerator: Accelerator,
 ) -> str:
     """`plan` of a run on these rows and processes: its largest micro-batch holds the longest row."""
-    args, gpu = planned.args, accelerator.device.type == "cuda"
+    gpu = accelerator.device.type == "cuda"
     lengths = [len(ids) for ids in data.rows["input_ids"]]
     rows = args.per_device_train_batch_size
     shape, padded = (rows, max(lengths)), rows > 1 and len(set(lengths)) > 1
@@ -281,6 +290,6 @@ def plan_run(
     topology = Topology(accelerator.num_processes, sharded, device_bytes, replicas_of(accelerator) if sharded else 1)
     run = PlannedRun(
         *(args, ist_config, peft_config, planned.config, planned.layers.n_layers),
-        *(shape, padded, topology, gpu),
+        *(shape, padded, topology, gpu, planned.args.global_batch_size is not None),
     )
     return plan(run)

@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ist.config import LayerCounts
+from ist.instruments import remarks
 from ist.training.arguments import ARGUMENTS
 from ist.training.checkpoint import checkpoint_steps
 from ist.training.command_line import UsageError, brief
@@ -194,7 +195,7 @@ class RunRecord:
         # One curve, however often the run was interrupted; under a sweep the agent names the run.
         self.summary["wandb_run_id"] = os.environ.get("WANDB_RUN_ID") or earlier.get("wandb_run_id")
         self._lost = bool(earlier.get("wandb_run_id")) and not earlier.get("wandb_complete")
-        self._scores: dict[int, list[float]] = {}  # by the step of the update
+        self._updates: list[dict] = []  # lines of importance.jsonl
         if self.main:
             # Given back by close(), so that run.json can be written when the disk has become full.
             with replacing(output_dir / RESERVE) as file:
@@ -246,7 +247,7 @@ class RunRecord:
             (IMPORTANCE, lambda line: _is_importance(line) and line["step"] < step),
         ):
             keep_lines(self.output_dir / name, lambda line, keeps=keeps: step > 0 and keeps(line))
-        self._scores = {line["step"]: line["scores"] for line in read_lines(self.output_dir / IMPORTANCE)}
+        self._updates = read_lines(self.output_dir / IMPORTANCE)
 
     def progress(self, **facts: Any) -> None:
         """Update run.json's content, which is written at the next change of status."""
@@ -331,11 +332,18 @@ class RunRecord:
         values = importance_values(line, trained_counts) | {"probe/time_share": probe_share}
         self.trackers.log(values, step)
         if self.main:
-            self._scores[step] = line["scores"]
+            self._updates.append(line)
         if self.main and installed("matplotlib"):
             kept = self.summary["configuration"].get("keep_importance", False)
-            image = partial(heat_map, list(self._scores.values()), list(self._scores), kept)
+            scores, steps = ([update[key] for update in self._updates] for key in ("scores", "step"))
+            image = partial(heat_map, scores, steps, kept)
             self.trackers.image("importance/heat_map", image, step)
+
+    def remarks(self, trained_counts: Sequence[int], steps: int) -> dict[str, list[str]]:
+        """What the importance updates say of the scores, in sentences, for run.json; on the main process."""
+        if not self._updates:
+            return {}
+        return {"importance_remarks": remarks(self._updates[-1], len(self._updates), trained_counts, steps)}
 
     def _append(self, name: str, line: dict) -> None:
         if self.main:

@@ -31,25 +31,35 @@ def resolve_output_dir(args: Resolved, recipe: str | None) -> Resolved:
     return Resolved.of(args, run_name=run_name, output_dir=output_dir)
 
 
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is `most` or less."""
+    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
+
+
 def resolve_batches(args: Resolved, config: ISTConfig, processes: int, resumed_batch_size: int | None) -> Resolved:
     """Set the global batch and the rows of a probe; a resumed run keeps its global batch by accumulating otherwise.
 
     Raises:
-        UsageError: the rows of one micro-batch on all processes do not divide `resumed_batch_size`.
+        UsageError: the rows of one micro-batch on all processes do not divide the global batch that is given, or that
+            of the run to resume.
     """
-    size = args.per_device_train_batch_size
-    round_size, accumulation = size * processes, args.gradient_accumulation_steps
-    if resumed_batch_size:
-        if resumed_batch_size % round_size:
-            raise UsageError(
-                f"--per_device_train_batch_size {size} cannot make up the run's global batch of {resumed_batch_size} "
-                f"rows, {round_size} rows at a time. Choose another size or number of processes."
-            )
-        accumulation = resumed_batch_size // round_size
-    batch_size = round_size * accumulation
+    round_size = args.per_device_train_batch_size * processes
+    batch_size = args.global_batch_size or resumed_batch_size or round_size * (args.gradient_accumulation_steps or 1)
+    if batch_size % round_size:
+        given = "--global_batch_size" if args.global_batch_size else "the global batch of the run to resume"
+        share = batch_size // processes if batch_size % processes == 0 else 0
+        if share:
+            remedy = f"Choose --per_device_train_batch_size {_divisor(share, args.per_device_train_batch_size)}."
+        else:
+            remedy = "Choose another number of processes."
+        raise UsageError(
+            f"{given} {batch_size} is not whole micro-batches: --per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} on {processes} process{'es' * (processes > 1)} are {round_size} rows. "
+            f"{remedy}"
+        )
     return Resolved.of(
         args,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=batch_size // round_size,
         global_batch_size=batch_size,
         probe_batch_size=config.probe_rows(batch_size),
         probe_max_length=config.probe_tokens(batch_size, args.max_length),

@@ -99,7 +99,7 @@ _INSTEAD = {
     "neftune_noise_alpha": _NOT_SERVED,
     # ---- Rows.
     "dataset": _DATA,
-    "template": "use --prompt_template alpaca, llm_adapters, chat or none; with chat also --chat_template",
+    "template": "use --prompt_template (alpaca, llm_adapters, chat, ...); with chat also --chat_template",
     "chat_template_path": "use --prompt_template chat --chat_template FILE",
     "dataset_text_field": "use --column_mapping FIELD=text",
     "train_on_inputs": "use --completion_only_loss, which is its opposite",

@@ -146,6 +146,9 @@ def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, 
     values |= {f"probe/reward_{j}": reward for j, reward in enumerate(update["rewards"])}  # none under `expected`
     if update.get("split_half") is not None:
         values["probe/split_half"] = update["split_half"]
+    for key in ("rare_layers", "successive_correlation", "mean_correlation"):
+        if update.get(key) is not None:
+            values[f"importance/{key}"] = update[key]
     values |= {f"importance/score/layer_{i:02d}": score for i, score in enumerate(update["scores"])}
     return values | {f"importance/trained_steps/layer_{i:02d}": count for i, count in enumerate(trained_counts)}
 

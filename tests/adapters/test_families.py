@@ -92,6 +92,7 @@ RECIPES = {  # {N_L, N_u, N_v} of the paper's Table 8, and for the arm of Table 
     "llama3_8b_dora_commonsense": (32, 8, 16),
     "llama_7b_adalora_commonsense": (32, 8, 16),
     "llama_7b_lora_commonsense_4_layers": (32, 4, 16),
+    "llama_7b_lisa_commonsense": (32, 1, 16),
 }
 TWINS = {  # the published models' architectures and depths, narrow
     "yahma/llama-7b-hf": ("Llama", 32),
@@ -119,10 +120,13 @@ def test_recipe(name, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     args, layers, _, _ = plan_layers(replace(args, model_name_or_path=str(tmp_path)), sharded=False)
     assert config.counts(layers.n_layers) == RECIPES[name]
-    targets = make_peft_config(args, 31_932).target_modules
-    for modules in layers.modules:
-        assert len(modules) == len(targets)
+    if args.peft_method != "none":
+        targets = make_peft_config(args, 31_932).target_modules
+        for modules in layers.modules:
+            assert len(modules) == len(targets)
     assert config.score_lr == (100 if "math" in name else 10)
+    assert args.learning_rate == {"math": 1e-4, "lisa": 1e-5}.get(next(filter(name.count, ("math", "lisa")), ""), 2e-4)
+    assert args.global_batch_size == 16
     assert args.load_best_model_at_end
 
 

@@ -60,7 +60,9 @@ def kind(name: str) -> Callable[[Kind], Kind]:
 _COUNTS = ("0", "-1", "-10000000000")
 _NUMBERS = ("nan", "inf", "-inf", "-1", "-1e-9")
 OUT_OF_RANGE = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"), _COUNTS),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "logging_steps"), _COUNTS
+    ),
     **dict.fromkeys(("save_steps", "save_total_limit", "lora_r", "lora_alpha", "update_interval"), _COUNTS),
     **dict.fromkeys(("probe_batch_size", "candidates", "ddp_timeout", "max_length"), _COUNTS),
     "max_steps": ("0", "-2"),

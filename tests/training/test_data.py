@@ -49,9 +49,14 @@ Write a response that appropriately completes the request.
                 ### Response:
                 {data_point["output"]}"""
     assert make_prompt(data_point, "llm_adapters", tokenizer) + ROW["output"] == published
+    # The authors of IST have the same without blanks in empty lines.
+    bare = "\n".join(line if line.strip() else "" for line in published.split("\n"))
+    assert make_prompt(data_point, "ist_repository", tokenizer) + ROW["output"] == bare
+    bare_alone = make_prompt(ROW, "ist_repository", tokenizer)
+    assert bare_alone == make_prompt(ROW, "llm_adapters", tokenizer).replace("\n" + " " * 16 + "\n", "\n\n")
 
 
-@pytest.mark.parametrize("template", ["alpaca", "llm_adapters", "chat", "none"])
+@pytest.mark.parametrize("template", ["alpaca", "llm_adapters", "ist_repository", "chat", "none"])
 def test_completion_only_labels_are_the_answer(tokenizer, template):
     whole = encode(ROW, template, tokenizer, 256, completion_only_loss=False)
     assert whole["labels"] == whole["input_ids"]
