@@ -48,7 +48,12 @@ def test_one_process_ddp_and_fsdp2_select_and_train_the_same(work, topologies, n
         for ours, theirs in zip(*updates, strict=True):
             assert ours["candidates"] == theirs["candidates"]
             assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
-        assert len(updates[0]) == (4 if "ist" in name.replace(",", "+").split("+") else 0)
+            if name == "ist, expected":
+                assert ours["effects"] == pytest.approx(theirs["effects"], abs=1e-6)
+                assert ours["standard_errors"] == pytest.approx(theirs["standard_errors"], abs=1e-6)
+                assert max(theirs["effects"]) > 1e-5
+        learns = {"placebo": 3}.get(name, 4 if "ist" in name.replace(",", "+").split("+") else 0)  # 3: then it anneals
+        assert len(updates[0]) == learns
         for key, value in json.loads((one / "run.json").read_text()).get("semantic", {}).items():
             assert json.loads((run / "run.json").read_text())["semantic"][key] == pytest.approx(value, abs=1e-6)
 

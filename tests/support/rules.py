@@ -90,7 +90,7 @@ def launch(topology: str, work: Path) -> dict[str, dict]:
         command += ["--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"), __file__]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command += [topology, str(work)]
-    done = subprocess.run(command, env=os.environ | environment, cwd=ROOT, timeout=400, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | environment, cwd=ROOT, timeout=900, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((work / f"{topology}.json").read_text())
 
