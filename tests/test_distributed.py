@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from support import ROOT, read_lines
+from support import ROOT, read_lines, warm_python
 
 from ist.config import ConfigError
 from ist.distributed import require_topology
@@ -53,7 +53,8 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """`accelerate launch` as the README has it; `topology` overrides lines of the config."""
     spy_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    environment["PYTHON_EXEC"] = warm_python()  # torchrun's, for the ranks
+    command = [warm_python(), "-m", "accelerate.commands.launch"]
     command += ["--config_file", f"accelerate_configs/{config}", "--main_process_port", "0", *topology]
     return subprocess.run(
         [*command, "tests/support/spy.py", "train_ist.py", *flags],
@@ -349,7 +350,7 @@ def test_another_number_of_ranks_cuts_the_same_global_batch(runs, tiny, train_fi
     flags = flags_of(tiny, train_file, tmp_path / "run", 2, resume_from_checkpoint=checkpoint)
     assert train_ist.main(flags) == 0  # 2 ranks x 2 rows become 1 rank x 2 rows x 2 micro-batches
     reset_accelerate()
-    with pytest.raises(UsageError, match="global batch of 4 rows"):
+    with pytest.raises(UsageError, match="the run to resume 4 is not whole micro-batches"):
         train_ist.main(flags_of(tiny, train_file, tmp_path / "new", 3, resume_from_checkpoint=checkpoint))
 
 

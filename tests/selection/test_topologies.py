@@ -60,7 +60,7 @@ def test_one_process_ddp_and_fsdp2_select_and_train_the_same(work, topologies, n
 
 @pytest.mark.parametrize("topology", ["one", "ddp", "fsdp2"])
 def test_resume_is_exact(work, topologies, topology):
-    for name in rules.ARMS if topology == "one" else rules.RESUMED_ON_TWO_RANKS:
+    for name in rules.RESUMED_ON_ONE if topology == "one" else rules.RESUMED_ON_TWO_RANKS:
         run = work / topology / rules.slug(name)
         resumed = Path(f"{run}-resumed")
         assert losses_of(resumed) == losses_of(run)[rules.HALF :]

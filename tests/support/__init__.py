@@ -1,14 +1,19 @@
 """Helpers of the tests: a tiny Llama with a tokenizer of its own, and what reads a run's files."""
 
+import functools
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else importing bitsandbytes imports the compiler, in every process
 os.environ.pop("WANDB_RUN_ID", None)
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +52,22 @@ def make_tiny(folder: Path, rows: list[dict]) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def warm_python() -> str:
+    """In the place of sys.executable, for launches: an interpreter that has imported the libraries (warm.py)."""
+    folder, script = Path(tempfile.mkdtemp()), Path(__file__).parent / "warm.py"
+    address, interpreter = folder / "socket", folder / "python"
+    subprocess.Popen([sys.executable, script, "serve", address], cwd=ROOT)  # it ends with this process
+    command = shlex.join([sys.executable, "-I", "-S", str(script), "client", str(address)])
+    interpreter.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    interpreter.chmod(0o755)
+    for _ in range(3000):
+        if address.exists():
+            return str(interpreter)
+        time.sleep(0.1)
+    raise TimeoutError("no process with the libraries imported")
 
 
 def peft_class(name: str) -> type:

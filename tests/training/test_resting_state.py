@@ -82,9 +82,10 @@ def test_fused_adamw_is_adamw(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_layers_have_four_graphs_at_most_and_probes_are_seen(train, tmp_path):
+def test_compiled_layers_have_four_graphs_at_most_and_probes_are_seen(train, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
 
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     options = {"score_lr": 1000, "lora_dropout": 0, "max_steps": 30, "validation_size": 5, "trained_layers": 2}
     assert train(output_dir=tmp_path / "eager", **options) == 0
     torch._dynamo.reset()
