@@ -1,7 +1,7 @@
 """Python processes that begin with the libraries imported: a server that has them forks one for each client.
 
-Importing torch, transformers and PEFT takes a process ten times as long as what most tests have it do. `client` stands in
-for the interpreter, of a launcher and, by torchrun's PYTHON_EXEC, of its ranks: arguments, environment, working folder,
+Importing torch, transformers and PEFT takes a process longer than what most tests have it do. `client` stands in for
+the interpreter, of a launcher and, by torchrun's PYTHON_EXEC, of its ranks: arguments, environment, working folder,
 streams, signals and the exit code are the client's; this project's own modules are imported anew.
 
     python tests/support/warm.py serve SOCKET
@@ -9,6 +9,8 @@ streams, signals and the exit code are the client's; this project's own modules 
 """
 
 import array
+import contextlib
+import importlib
 import json
 import os
 import select
@@ -16,6 +18,10 @@ import signal
 import socket
 import sys
 
+LIBRARIES = (
+    *("accelerate.commands.launch", "bitsandbytes", "datasets", "peft", "transformers.models.llama.modeling_llama"),
+    *("torch.distributed.fsdp", "torch.distributed.run", "torch.distributed.tensor"),
+)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -47,7 +53,7 @@ def run(argv: list[str], environment: dict[str, str], folder: str, streams: list
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin, sys.stdout, sys.stderr = (open(i, mode, buffering=1, closefd=False) for i, mode in enumerate("rww"))
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(i, mode, buffering=1, closefd=False) for i, mode in enumerate("rww"))
     for number in FORWARDED:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.chdir(folder)
@@ -87,16 +93,8 @@ def request_of(connection: socket.socket) -> tuple[list, list[int]]:
 
 
 def serve(address: str) -> None:
-    import accelerate.commands.launch
-    import bitsandbytes  # noqa: F401
-    import datasets
-    import peft  # noqa: F401
-    import torch.distributed.fsdp
-    import torch.distributed.run
-    import torch.distributed.tensor
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    datasets.disable_progress_bars()
+    for name in LIBRARIES:
+        importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen()
@@ -121,10 +119,8 @@ def serve(address: str) -> None:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 code = os.waitstatus_to_exitcode(status)
-                try:
+                with contextlib.suppress(OSError):  # the client was killed
                     connection.sendall(f"{code}\n".encode())
-                except OSError:  # the client was killed
-                    pass
                 connection.close()
                 del children[connection]
             elif connection in ready and not connection.recv(1):  # the client was killed: so is what it stands for
