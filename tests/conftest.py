@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-from support import ROOT, make_tiny, reset_accelerate
+from support import ROOT, make_tiny, reset_accelerate, warm_python
 
 from ist.training.word_problems import arithmetic_rows
 
@@ -90,7 +90,7 @@ def train_process(arguments):
     """Run `python train_ist.py` as a process of its own."""
 
     def run(**overrides) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "train_ist.py"), *arguments(**overrides)]
+        command = [warm_python(), str(ROOT / "train_ist.py"), *arguments(**overrides)]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
     return run

@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 import wandb
 from datasets import IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from support import ROOT, read_lines, reset_accelerate
+from support import ROOT, read_lines, reset_accelerate, warm_python
 from support.callback_run import IST, arguments, in_order, lora, pad
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
@@ -107,10 +106,10 @@ def test_two_ranks_train_the_same_layers_and_resume(reference, tiny, tmp_path):
     rows, metrics, updates = reference
     os.symlink(tiny, tmp_path / "tiny")
     (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", "accelerate_configs/ddp.yaml", "tests/support/callback_run.py", str(tmp_path)]
     for arguments_ in ([], [str(tmp_path / "run/checkpoint-10")]):
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": warm_python()}
         result = subprocess.run(
             [*command, *arguments_], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
         )

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from support import ROOT, make_tiny, read_lines, reset_accelerate, tiny_config
+from support import ROOT, make_tiny, read_lines, reset_accelerate, tiny_config, warm_python
 from support.analysis import noise
 from support.documents import published
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -246,9 +245,14 @@ def test_weights_replaced_in_place_are_other_weights(folder, tmp_path, capsys):
 
 
 def test_two_ranks_end_with_the_files_of_one_process(folder, whole, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", "accelerate_configs/ddp.yaml", "-m", "ist.analyze"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHON_EXEC": warm_python(),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     done = subprocess.run([*command, *flags_of(folder, tmp_path / "two")], cwd=ROOT, check=False, env=environment,
                           capture_output=True, text=True, timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

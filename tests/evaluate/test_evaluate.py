@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from support import ROOT, make_tiny, read_lines, tiny_config
+from support import ROOT, make_tiny, read_lines, tiny_config, warm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist.evaluate.answers import LABELS, answers_of, choices, extract_label, extract_letter, extract_number
@@ -187,9 +187,9 @@ def test_batches_and_ranks_change_nothing_and_the_adapter_does(folder, tmp_path)
     assert main(flags_of(folder, tmp_path / "one", "--batch_size", 1)) == 0
     assert main(flags_of(folder, tmp_path / "all", "--batch_size", 16)) == 0
     assert main(flags_of(folder, tmp_path / "base", adapter=False)) == 0
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", "accelerate_configs/ddp.yaml", "-m", "ist.evaluate"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": warm_python()}
     result = subprocess.run([*command, *flags_of(folder, tmp_path / "two", "--batch_size", 4)], cwd=ROOT, check=False,
                             env=environment, capture_output=True, text=True, timeout=240)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -39,7 +39,7 @@ from ist.layers import LayerMap
 from ist.suppression import evaluation_mode, suppress
 from ist.training.command_line import UsageError, brief
 from ist.tuner import SparseTuner
-from support import make_tiny, read_lines, reset_accelerate
+from support import make_tiny, read_lines, reset_accelerate, warm_python
 from support.method_table import COLON, METHODS, TARGETS, as_table, publish
 
 STEPS, HALF = 12, 6
@@ -364,11 +364,12 @@ def worker(topology: str, work: Path, names: list[str]) -> None:
 
 def launch(topology: str, work: Path, names: list[str], timeout: int) -> dict[str, dict[str, str]]:
     """Run the worker on a topology: the configurations that ship, on CPU."""
-    command = [sys.executable, __file__]
+    command = [warm_python(), __file__]
     if topology != "one":
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         command += ["--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"), __file__]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHON_EXEC"] = warm_python()  # torchrun's, for the ranks
     command += ["--worker", topology, "--work", str(work), "--methods", *names]
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, env=os.environ | environment, cwd=ROOT, timeout=timeout, check=False)

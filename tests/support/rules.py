@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from accelerate import PartialState
 
-from support import reset_accelerate
+from support import reset_accelerate, warm_python
 from support.methods import Watch, rest
 
 STEPS, HALF = 20, 10
@@ -86,11 +86,12 @@ def worker(topology: str, work: Path) -> None:
 
 def launch(topology: str, work: Path) -> dict[str, dict]:
     """What was seen of each rule on the configuration that ships, on CPU; the runs are in work/topology."""
-    command = [sys.executable, __file__]
+    command = [warm_python(), __file__]
     if topology != "one":
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         command += ["--config_file", str(ROOT / f"accelerate_configs/{topology}.yaml"), __file__]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHON_EXEC"] = warm_python()  # torchrun's, for the ranks
     command += [topology, str(work)]
     done = subprocess.run(command, env=os.environ | environment, cwd=ROOT, timeout=900, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

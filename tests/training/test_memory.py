@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
-from support import ROOT, tiny_config
+from support import ROOT, tiny_config, warm_python
 from support.documents import published
 from support.memory import allocated_peak, peak_of_a_run
 from torch import nn
@@ -233,9 +232,9 @@ def test_a_plan_predicts_the_peak_of_each_of_two_ranks(tiny, long_rows, tmp_path
     shape = {"hidden_size": 128, "intermediate_size": 384, "n_layers": 6}  # so that weights matter beside activations
     LlamaForCausalLM(tiny_config(**shape)).save_pretrained(tmp_path / "model")
     long_rows["even"].rename(tmp_path / "rows.json")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     command += [f"accelerate_configs/{topology}.yaml", "tests/support/planned_ranks.py", topology, str(tmp_path)]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHON_EXEC": warm_python()}
     done = subprocess.run(command, env=os.environ | environment, cwd=ROOT, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads((tmp_path / f"{topology}.json").read_text())
