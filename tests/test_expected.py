@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from support import read_lines
+from support import ROOT, read_lines
+from support.importance import effective_without_effect, noise_table
 from test_tuner import Planted
 from torch import nn
 
@@ -80,30 +81,17 @@ def test_sums_of_ranks_are_those_of_all_rows():
     assert one.split_half is None
 
 
-def effective(counts: torch.Tensor) -> float:
-    return (counts.sum() ** 2 / counts.square().sum()).item()
-
-
-def after_noise(config: ISTConfig, seed: int, updates: int = 300, n_layers: int = 30) -> float:
-    """Effective layers of a run whose rows have derivatives, each row's of its own order of the layers."""
-    generator = torch.Generator().manual_seed(seed)
-    rule = make_rule(n_layers, config)
-    size = 0.02 * torch.randn(n_layers, generator=generator, dtype=torch.float64)
-    counts = torch.zeros(n_layers, dtype=torch.float64)
-    for update in range(updates):
-        order = torch.stack([torch.randperm(n_layers, generator=generator) for _ in range(8)])
-        rows = probe.GateDerivatives(torch.full((8,), 5.0).double(), 10 * size[order], torch.full((8,), 10.0).double())
-        seen = probe.effects(probe.effect_sums(rows), config.suppression)
-        rule.learn(seen.effects, seen.standard_errors)
-        for step in range(10 * update, 10 * update + 10):
-            counts[rule.trained(step)] += 1
-    return effective(counts)
-
-
 def test_without_any_effect_layers_stay_near_uniform():
-    assert min(after_noise(ISTConfig(score_rule="expected", seed=seed), seed) for seed in range(10)) > 25
+    assert min(effective_without_effect(ISTConfig(score_rule="expected", seed=seed), seed) for seed in range(10)) > 25
     locked = ISTConfig(score_rule="expected", shrink=False, score_decay=1.0, score_lr=1.0)
-    assert after_noise(locked, 0) < 25  # which shrinkage and decay prevent
+    assert effective_without_effect(locked, 0) < 25  # which shrinkage and decay prevent
+
+
+def test_the_table_of_noise_is_its_file():
+    found = json.loads((ROOT / "launch/results/noise.json").read_text())["found"]
+    assert "\n".join(noise_table(found)) in (ROOT / "launch/results/noise.md").read_text()
+    seed = effective_without_effect(ISTConfig(score_rule="expected", seed=3), 3)
+    assert found["expected"][3] == pytest.approx(seed, abs=1e-6)
 
 
 def test_shrinkage_against_its_formula():

@@ -247,12 +247,8 @@ def test_weights_replaced_in_place_are_other_weights(folder, tmp_path, capsys):
 def test_two_ranks_end_with_the_files_of_one_process(folder, whole, tmp_path):
     command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", "accelerate_configs/ddp.yaml", "-m", "ist.analyze"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHON_EXEC": warm_python(),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    ranks = {"PYTHON_EXEC": warm_python(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **ranks}
     done = subprocess.run([*command, *flags_of(folder, tmp_path / "two")], cwd=ROOT, check=False, env=environment,
                           capture_output=True, text=True, timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,7 @@ scores that two independent series of full, and of cheap, probes have added up b
 uniformly), and exp(-L) of random candidate sets. The table has by estimator
   halves      correlation over layers of two halves: of the rows (derivatives), of the two series (probes)
   predicts    correlation over the sets of exp(-L) with the sum of the scores of the layers that a set keeps
-each the mean over seeds with its 95 % interval (Student).
+each the mean over seeds with its 95 % interval (Student's, of Fisher's z).
 
 noise: layers without any effect. Derivatives of each row are permuted over the layers (expected), or candidate losses
 are independent of the sets (paper); effective layers after 300 updates of 10 steps, 30 layers, 10 seeds.
@@ -149,12 +149,15 @@ def reliability(model: str, steps: Sequence[int], seeds: Sequence[int]) -> list[
     return found
 
 
-def interval(values: Sequence[float]) -> str:
-    mean = float(np.mean(values))
+def interval(values: Sequence[float], correlations: bool = False) -> str:
+    """The mean with its 95 % interval; of correlations by Fisher's z, which keeps it within -1 and 1."""
+    sizes = np.arctanh(np.clip(values, -0.999999, 0.999999)) if correlations else np.array(values)
+    back = np.tanh if correlations else float
+    mean, text = sizes.mean(), "{:.2f}"
     if len(values) < 2:
-        return f"{mean:.2f}"
-    margin = student.ppf(0.975, len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return f"{mean:.2f} ({mean - margin:.2f} to {mean + margin:.2f})"
+        return text.format(back(mean))
+    margin = student.ppf(0.975, len(values) - 1) * sizes.std(ddof=1) / len(values) ** 0.5
+    return f"{back(mean):.2f} ({back(mean - margin):.2f} to {back(mean + margin):.2f})"
 
 
 def reliability_table(found: list[dict]) -> list[str]:
@@ -162,7 +165,9 @@ def reliability_table(found: list[dict]) -> list[str]:
     for step in sorted({line["step"] for line in found}):
         for name in ESTIMATORS:
             lines = [line for line in found if line["step"] == step and line["estimator"] == name]
-            rows.append([str(step), name, *(interval([line[key] for line in lines]) for key in ("halves", "predicts"))])
+            rows.append(
+                [str(step), name, *(interval([line[key] for line in lines], True) for key in ("halves", "predicts"))]
+            )
     return markdown_table(["step", "estimator", "halves", "predicts exp(-L)"], rows)
 
 
