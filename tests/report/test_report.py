@@ -140,7 +140,7 @@ def test_the_picture_is_drawn_again_from_the_files(train, tmp_path, capsys):
     picture.unlink()
     capsys.readouterr()
     assert main([str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.strip() == str(picture)
+    assert capsys.readouterr().out.split() == [str(picture), str(picture.with_name("loss.png"))]
     assert (imread(picture) == first).all()
     with pytest.raises(UsageError, match="holds no run"):
         draw_importance(tmp_path)
