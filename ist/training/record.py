@@ -190,6 +190,7 @@ class RunRecord:
         self.output_dir = output_dir
         self.accelerator = accelerator
         self.trackers = Trackers(accelerator, configuration["report_to"], str(output_dir))
+        self._log_layers = configuration["log_layers"]
         self.main = accelerator.is_main_process
         earlier = read_run(output_dir) or {}
         start = earlier["start"] if earlier and facts.get("resumed_from") else _now()
@@ -237,7 +238,9 @@ class RunRecord:
         if self._lost:  # lines that W&B had not written yet are lost with a killed process, offline all of them
             lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
             for line in sorted(lines, key=lambda line: line["step"]):
-                self.trackers.log(tracked_values(line), line["step"], only="wandb")
+                self.trackers.log(tracked_values(line, self._log_layers), line["step"], only="wandb")
+                if "scores" in line:
+                    self.trackers.layers(line, (), line["step"])
 
     def _rewind(self, step: int) -> None:
         """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""
@@ -332,8 +335,9 @@ class RunRecord:
         """An importance update, how often each layer was trained so far, and the share of time spent on probes."""
         self._append(IMPORTANCE, line)
         step = line["step"]
-        values = importance_values(line, trained_counts) | {"probe/time_share": probe_share}
+        values = importance_values(line, trained_counts, self._log_layers) | {"probe/time_share": probe_share}
         self.trackers.log(values, step)
+        self.trackers.layers(line, trained_counts, step)
         if self.main:
             self._updates.append(line)
         if self.main and installed("matplotlib"):
