@@ -73,6 +73,7 @@ validation loss                       {losses[0]:.3f} -> {losses[-1]:.3f}
 
   {run}/adapter/           the adapter, as PEFT loads it
   {run}/importance.png     which layers mattered, and how often each was trained
+  {run}/loss.png           training and validation loss over steps
   {run}/metrics.jsonl      loss, learning rate, memory, seconds per step
   {run}/importance.jsonl   every importance update
   {run}/run.json           status, configuration, versions

@@ -14,6 +14,7 @@ from ist.report.statistics import spearman
 from ist.training.command_line import markdown_table
 from ist.training.figures import plain_text, save
 from ist.training.files import IMPORTANCE
+from ist.training.styles import line_styles
 
 BASE, ADAPTER = "base model", "adapter"
 
@@ -78,12 +79,12 @@ def draw(path: Path, analysis: dict) -> None:
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axis = figure.subplots()
     full, labels = analysis["losses"][ADAPTER], {"least": "least important first", "most": "most important first"}
-    for colour, (direction, result) in zip(("tab:blue", "tab:red"), analysis["directions"].items()):
+    styles = iter(line_styles(len(analysis["directions"]) + len(analysis["losses"])))
+    for direction, result in analysis["directions"].items():
         losses = [full, *result["losses"]]
-        axis.plot(range(len(losses)), losses, marker=".", lw=1.2, color=colour, label=labels[direction])
-    colours = iter(["0.3", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink"] * len(analysis["losses"]))
+        axis.plot(range(len(losses)), losses, lw=1.2, label=labels[direction], **next(styles))
     for name, loss in analysis["losses"].items():
-        axis.axhline(loss, color=next(colours), ls="--", lw=1, label=f"{name}: {loss:.3f}")
+        axis.axhline(loss, lw=1, label=f"{name}: {loss:.3f}", **next(styles))
     title = f"Layers ablated one by one; loss on {analysis['tokens']} tokens"
     axis.set(xlabel="layers without their adapter response", ylabel="loss per token", title=title)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

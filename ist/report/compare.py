@@ -14,6 +14,7 @@ from ist.training.files import read_object, reading, write_json, write_text
 from ist.training.record import (
     IMPORTANCE,
     draw_importance,
+    draw_loss,
     read_lines,
     require_writable,
 )
@@ -138,8 +139,9 @@ def comparison_table(comparison: dict) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = PlainParser(
         prog="python -m ist.report",
-        description="Draws RUN_DIR/importance.png from a run's files; or compares results of python -m ist.evaluate: "
-        "accuracy per task and arm over seeds, and in pairs the differences to all layers and to random ones.",
+        description="Draws importance.png and loss.png of RUN_DIR from its files; or compares results of "
+        "python -m ist.evaluate: accuracy per task and arm over seeds, and in pairs the differences to all layers and "
+        "to random ones.",
     )
     parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR")
     parser.add_argument(
@@ -166,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.run_dir:
         with reading(args.run_dir, "a run that can be drawn"):
-            print(draw_importance(args.run_dir))
+            print(draw_importance(args.run_dir), draw_loss(args.run_dir), sep="\n")
         return 0
     comparison = compare(args.results)
     print(comparison_table(comparison))

@@ -15,6 +15,7 @@ from typing import Any
 from ist.config import ConfigError
 
 METRICS, IMPORTANCE, RUN, PICTURE = "metrics.jsonl", "importance.jsonl", "run.json", "importance.png"
+LOSS_PICTURE = "loss.png"
 RESERVE = ".reserve"  # there while a run goes on
 
 

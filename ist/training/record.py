@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, importance.jsonl, importance.png, run.json, and the same numbers for trackers."""
+"""The record of a run: metrics.jsonl, importance.jsonl, pictures, run.json, and the same numbers for trackers."""
 
 import math
 import os
@@ -21,6 +21,7 @@ from ist.training.command_line import UsageError, brief
 from ist.training.figures import heat_map, plot_importance
 from ist.training.files import (
     IMPORTANCE,
+    LOSS_PICTURE,
     METRICS,
     PICTURE,
     RESERVE,
@@ -33,6 +34,7 @@ from ist.training.files import (
     replacing,
     write_json,
 )
+from ist.training.loss_figure import plot_loss
 from ist.training.packages import installed
 from ist.training.trackers import Trackers, importance_values, tracked_values
 
@@ -137,7 +139,7 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool, checkpo
     run = read_run(output_dir)
     results = [output_dir / name for name in ("adapter", "model")]
     holds_results = read_lines(output_dir / METRICS) or checkpoint_steps(output_dir) or any(p.exists() for p in results)
-    left = [output_dir / name for name in (METRICS, IMPORTANCE, PICTURE)]
+    left = [output_dir / name for name in (METRICS, IMPORTANCE, PICTURE, LOSS_PICTURE)]
     if run is None and not holds_results:  # files that are not a run's are not overwritten either
         holds_results = any(path.exists() and path.stat().st_size for path in left)
     if not holds_results:
@@ -188,6 +190,7 @@ class RunRecord:
         self.output_dir = output_dir
         self.accelerator = accelerator
         self.trackers = Trackers(accelerator, configuration["report_to"], str(output_dir))
+        self._log_layers = configuration["log_layers"]
         self.main = accelerator.is_main_process
         earlier = read_run(output_dir) or {}
         start = earlier["start"] if earlier and facts.get("resumed_from") else _now()
@@ -235,7 +238,9 @@ class RunRecord:
         if self._lost:  # lines that W&B had not written yet are lost with a killed process, offline all of them
             lines = [*read_lines(self.output_dir / METRICS), *read_lines(self.output_dir / IMPORTANCE)]
             for line in sorted(lines, key=lambda line: line["step"]):
-                self.trackers.log(tracked_values(line), line["step"], only="wandb")
+                self.trackers.log(tracked_values(line, self._log_layers), line["step"], only="wandb")
+                if "scores" in line:
+                    self.trackers.layers(line, (), line["step"])
 
     def _rewind(self, step: int) -> None:
         """Drop lines of steps that a run resumed after `step` finished steps does again: each step stands once."""
@@ -254,7 +259,7 @@ class RunRecord:
         self.summary.update(facts)
 
     def close(self, status: str, quiet: bool = False, **facts: Any) -> None:
-        """The last word of a run, whatever its end: finished, interrupted or failed; draws the picture.
+        """The last word of a run, whatever its end: finished, interrupted or failed; draws the pictures.
 
         W&B puts a run of a sweep that is marked as preempting back into the sweep's queue. SIGUSR1 and SIGUSR2 are a
         cluster's; SIGTERM is how W&B itself ends a run of a sweep early, and Ctrl-C is a user's.
@@ -272,12 +277,13 @@ class RunRecord:
             (self.output_dir / RESERVE).unlink(missing_ok=True)
         self._write_summary(required=status == "finished", quiet=quiet)
         if (self.output_dir / METRICS).exists():
-            try:
-                draw_importance(self.output_dir)
-            except Exception as error:  # whatever matplotlib or the disk says: a picture costs no run
-                if status != "failed":  # a failed run says why it failed, and no more
-                    again = f"python -m ist.report {self.output_dir} draws it again"
-                    print(f"{PICTURE} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
+            for name, draw in ((PICTURE, draw_importance), (LOSS_PICTURE, draw_loss)):
+                try:
+                    draw(self.output_dir)
+                except Exception as error:  # whatever matplotlib or the disk says: a picture costs no run
+                    if status != "failed":  # a failed run says why it failed, and no more
+                        again = f"python -m ist.report {self.output_dir} draws it again"
+                        print(f"{name} is not drawn ({brief(error)}); {again}.", file=sys.stderr)
         tracker, run = self.trackers.wandb()
         if run:
             if facts.get("signal") in ("SIGUSR1", "SIGUSR2"):
@@ -329,8 +335,9 @@ class RunRecord:
         """An importance update, how often each layer was trained so far, and the share of time spent on probes."""
         self._append(IMPORTANCE, line)
         step = line["step"]
-        values = importance_values(line, trained_counts) | {"probe/time_share": probe_share}
+        values = importance_values(line, trained_counts, self._log_layers) | {"probe/time_share": probe_share}
         self.trackers.log(values, step)
+        self.trackers.layers(line, trained_counts, step)
         if self.main:
             self._updates.append(line)
         if self.main and installed("matplotlib"):
@@ -368,4 +375,18 @@ def draw_importance(output_dir: Path) -> Path:
     updates, semantic = read_lines(output_dir / IMPORTANCE), run.get("semantic")
     kept = run["configuration"].get("keep_importance", False)
     plot_importance(path, updates, run["trained_counts"], run["steps"], title, semantic, kept)
+    return path
+
+
+def draw_loss(output_dir: Path) -> Path:
+    """loss.png: training and validation loss over steps, gradient norm and learning rate.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    run = read_run(output_dir)
+    if run is None:
+        raise UsageError(f"{output_dir} holds no run (no {RUN}).")
+    path, lines = output_dir / LOSS_PICTURE, [line for line in read_lines(output_dir / METRICS) if _is_metrics(line)]
+    plot_loss(path, lines, f"{output_dir.name}: {run['status']}", run.get("best"))
     return path

@@ -123,6 +123,24 @@ class Trackers:
             values = {name: picture[None] if batched else picture}
             self.call(tracker, tracker.log_images, values, step=step, **layout)
 
+    def layers(self, update: Mapping[str, Any], trained_counts: Sequence[int], step: int) -> None:
+        """Give W&B all layers of an importance update: a histogram of the scores, and a table with a row for each."""
+        tracker, run = self.wandb()
+        if not run:
+            return
+        import wandb
+
+        # The counts are not known of an update that is logged anew on resume.
+        counts = trained_counts or [None] * len(update["scores"])
+        rows = zip(range(len(counts)), update["scores"], update["probabilities"], counts, strict=True)
+
+        def log() -> None:
+            table = wandb.Table(["layer", "score", "probability", "steps trained"], [list(row) for row in rows])
+            values = {"importance/scores": wandb.Histogram(update["scores"]), "importance/layers": table}
+            tracker.log(values, step=step)
+
+        self.call(tracker, log)
+
     def finish(self) -> None:
         """End them all; what one of them says is no error of the run."""
         for tracker in list(self.accelerator.trackers):
@@ -137,8 +155,12 @@ class Trackers:
         return None, None
 
 
-def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, float]:
-    """An importance update as trackers get it."""
+def importance_values(update: dict, trained_counts: Sequence[int], layers: bool = True) -> dict[str, float]:
+    """An importance update as trackers get it.
+
+    Args:
+        layers: with two keys for each layer, its score and the steps that it was trained.
+    """
     values: dict[str, float] = {"probe/seconds": update["probe_seconds"]}
     if "effective_layers" in update:  # lines of earlier versions lack it
         values["importance/effective_layers"] = update["effective_layers"]
@@ -149,14 +171,16 @@ def importance_values(update: dict, trained_counts: Sequence[int]) -> dict[str, 
     for key in ("rare_layers", "successive_correlation", "mean_correlation"):
         if update.get(key) is not None:
             values[f"importance/{key}"] = update[key]
+    if not layers:
+        return values
     values |= {f"importance/score/layer_{i:02d}": score for i, score in enumerate(update["scores"])}
     return values | {f"importance/trained_steps/layer_{i:02d}": count for i, count in enumerate(trained_counts)}
 
 
-def tracked_values(line: dict) -> dict[str, float]:
-    """A line of metrics.jsonl or importance.jsonl as trackers get it."""
+def tracked_values(line: dict, layers: bool = True) -> dict[str, float]:
+    """A line of metrics.jsonl or importance.jsonl as trackers get it; `layers` as for `importance_values`."""
     if "scores" in line:
-        return importance_values(line, ())
+        return importance_values(line, (), layers)
     if "validation_loss" in line:
         return {"eval/loss": line["validation_loss"]}
     return {f"train/{key}": value for key, value in line.items() if not isinstance(value, list)}

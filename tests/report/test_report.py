@@ -36,11 +36,18 @@ def test_offline_wandb_holds_every_number(arguments, tmp_path, monkeypatch):
     assert summary["train/step_seconds"] == lines[-2]["step_seconds"]
     assert summary["eval/loss"] == lines[-1]["validation_loss"]
     update = read_lines(tmp_path / "run/importance.jsonl")[-1]
-    for i in range(4):
-        assert summary[f"importance/score/layer_0{i}"] == pytest.approx(update["scores"][i])
-    assert (
-        sum(summary[f"importance/trained_steps/layer_0{i}"] for i in range(4)) == 9
-    )  # 8 steps before the update, and the one it precedes
+    assert not [key for key in summary if "/layer_" in key]
+    (table,) = offline.parent.glob("files/media/table/importance/layers_8_*.table.json")
+    table = json.loads(table.read_text())
+    assert table["columns"] == ["layer", "score", "probability", "steps trained"]
+    layers, scores, probabilities, counts = zip(*table["data"], strict=True)
+    assert (list(layers), list(scores), list(probabilities)) == (
+        [0, 1, 2, 3],
+        update["scores"],
+        update["probabilities"],
+    )
+    assert sum(counts) == 9  # 8 steps before the update, and the one it precedes
+    assert sum(summary["importance/scores"]["values"]) == 4  # layers in the histogram
     assert summary["importance/effective_layers"] == pytest.approx(update["effective_layers"])
     for j in range(3):
         assert summary[f"probe/loss_{j}"] == pytest.approx(update["losses"][j])
@@ -57,7 +64,9 @@ def test_a_resumed_run_is_one_curve_and_has_every_key_of_the_readme(arguments, t
     for key, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_JOB_TYPE": "trial"}.items():
         monkeypatch.setenv(key, value)
     options = {"selection": "semantic+ist", "validation_size": 8, "eval_steps": 10, "max_steps": 30}
-    flags = arguments(report_to="wandb", run_name="many", log_adapter=True, resume_from_checkpoint="auto", **options)
+    flags = arguments(
+        report_to="wandb", run_name="many", log_adapter=True, log_layers=True, resume_from_checkpoint="auto", **options
+    )
     command, metrics = [sys.executable, str(ROOT / "train_ist.py"), *flags], tmp_path / "run/metrics.jsonl"
     process = subprocess.Popen(command, cwd=ROOT)
     until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, "the run trains", 120, 0.02)
@@ -85,13 +94,15 @@ def test_a_resumed_run_is_one_curve_and_has_every_key_of_the_readme(arguments, t
     listed = re.findall(r"`((?:train|eval|importance|probe|semantic)/\S+)`", paragraph)
     logged = {key for row in rows.values() for key in row}
     logged = {re.sub(r"\d\d$", "07", key.removesuffix("._type")) for key in logged}
-    assert len(listed) == 19
+    assert len(listed) == 21
     assert set(listed) <= logged
-    (artifact,) = of_type(second, "artifact")
-    assert (artifact["name"], artifact["type"]) == (f"adapter-{run['wandb_run_id']}", "model")
+    records = (of_type(record, "artifact") for record in (first, second))
+    first, second = ([one for one in record if one["type"] == "model"] for record in records)
+    (artifact,) = second  # of other types are the tables of layers
+    assert artifact["name"] == f"adapter-{run['wandb_run_id']}"
     files = {entry["path"] for entry in artifact["manifest"]["contents"]}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= files
-    assert not of_type(first, "artifact")
+    assert not first
 
 
 def test_log_adapter_needs_wandb(train):
@@ -129,6 +140,8 @@ def test_tensorboard(train, tmp_path):
     lines = read_lines(tmp_path / "run/metrics.jsonl")
     assert [e.value for e in accumulator.Scalars("train/loss")] == pytest.approx([x["loss"] for x in lines[1:7]])
     assert "importance/heat_map" in accumulator.Tags()["images"]
+    assert accumulator.Scalars("importance/effective_layers")
+    assert not [key for key in accumulator.Tags()["scalars"] if "/layer_" in key]
 
 
 def test_the_picture_is_drawn_again_from_the_files(train, tmp_path, capsys):
@@ -140,7 +153,7 @@ def test_the_picture_is_drawn_again_from_the_files(train, tmp_path, capsys):
     picture.unlink()
     capsys.readouterr()
     assert main([str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.strip() == str(picture)
+    assert capsys.readouterr().out.split() == [str(picture), str(picture.with_name("loss.png"))]
     assert (imread(picture) == first).all()
     with pytest.raises(UsageError, match="holds no run"):
         draw_importance(tmp_path)

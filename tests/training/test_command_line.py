@@ -83,10 +83,13 @@ def test_a_bad_line_in_the_middle_costs_that_line_alone(train, tmp_path, capsys)
     assert [line["step"] for line in read_lines(file)] == [1, *range(3, 11)]
 
 
-def test_a_picture_that_cannot_be_drawn_costs_no_run(train, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ist.training.record.plot_importance", lambda *_: 1 / 0)
+@pytest.mark.parametrize(("picture", "plot"), [("importance.png", "plot_importance"), ("loss.png", "plot_loss")])
+def test_a_picture_that_cannot_be_drawn_costs_no_run(train, tmp_path, monkeypatch, capsys, picture, plot):
+    monkeypatch.setattr(f"ist.training.record.{plot}", lambda *_: 1 / 0)
     assert train(max_steps=1) == 0
-    assert "importance.png is not drawn (division by zero)" in capsys.readouterr().err
+    again = f"python -m ist.report {tmp_path / 'run'} draws it again."
+    assert f"{picture} is not drawn (division by zero); {again}" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"importance.png", "loss.png"} - {picture}
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
 
 

@@ -75,7 +75,7 @@ def test_a_run_leaves_the_files_of_the_readme(train, tiny, tmp_path):
     assert train(validation_size=8, eval_steps=10, save_steps=10, lora_dropout=0) == 0
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        *("adapter", "checkpoints", "metrics.jsonl", "importance.jsonl", "importance.png", "run.json")
+        *("adapter", "checkpoints", "metrics.jsonl", "importance.jsonl", "importance.png", "loss.png", "run.json")
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000010", "step_000020"}
     lines = read_lines(run / "metrics.jsonl")
