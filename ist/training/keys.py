@@ -4,13 +4,18 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 WIDTH = 100
 INDENT = 36  # of the phrases in the short help: the longest key and its default stand before
+
+
+def option(default: Any, help: str) -> Any:
+    """A key with its default; the first sentence of `help` is its phrase in --help."""
+    return field(default=default, metadata={"help": help})
 
 
 class Form(NamedTuple):

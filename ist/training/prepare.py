@@ -32,7 +32,8 @@ def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.opt
         import bitsandbytes
 
         kinds |= {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[args.optim](parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    return kinds[args.optim](parameters, lr=args.learning_rate, **options)
 
 
 def warmup_steps(args: Arguments, max_steps: int) -> int:

@@ -12,7 +12,6 @@ _NF4 = "leave it out: --load_in_4bit true is NF4 with double quantisation, compu
 _ATTENTION = "use --attn_implementation flash_attention_2"
 _VALIDATE = "use --eval_steps N, with --validation_file or --validation_size"
 _DATA = "use --train_file FILE ..., or --dataset_name NAME for a dataset on the Hub"
-_ADAM = "leave it out: betas are 0.9 and 0.999, epsilon is 1e-8"
 _NOT_SERVED = "it is not served; leave it out"
 
 _SAME = {
@@ -49,6 +48,9 @@ _SAME = {
     "num_train_epochs": "epochs num_epochs n_epochs train_epochs",
     "max_steps": "max_train_steps num_steps num_train_steps total_steps",
     "optim": "optimizer",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps adam_eps",
     "weight_decay": "wd",
     "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm gradient_clip_val",
     "gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing grad_checkpointing",
@@ -125,7 +127,7 @@ _INSTEAD = {
     "logging_strategy": "use --logging_steps N",
     "early_stopping_patience": "it is not served: --load_best_model_at_end true keeps the best of --eval_steps",
     "metric_for_best_model": _WITHOUT.format("--load_best_model_at_end goes by the validation loss"),
-    "adam_beta1": _ADAM,
+    "betas": "use --adam_beta1 and --adam_beta2",
     "label_smoothing_factor": _NOT_SERVED,
     "gradient_checkpointing_kwargs": _WITHOUT.format("--gradient_checkpointing true is non-reentrant"),
     # ---- Processes.
@@ -169,7 +171,7 @@ _ALIKE = {  # more names for what the right one says
     "dataset_streaming": "streaming",
     "per_device_eval_batch_size": "eval_batch_size",
     "eval_strategy": "evaluation_strategy eval_on_start",
-    "adam_beta1": "adam_beta2 adam_epsilon betas",
+    "betas": "adam_betas",
     "fsdp": "fsdp_config use_fsdp fsdp_version",
     "num_gpus": "n_gpu num_processes nproc_per_node",
     "device": "use_cpu no_cuda device_map",
