@@ -59,12 +59,21 @@ class Objective:
         self._reducer = GradientReducer(() if self.sharded else parameters)
 
     def batches(
-        self, rows: Dataset, indices: Sequence[int], tokens: int | None = None, packing: bool | None = None
+        self,
+        rows: Dataset,
+        indices: Sequence[int],
+        tokens: int | None = None,
+        packing: bool | None = None,
+        size: int | None = None,
     ) -> Iterator[Batch]:
-        """This rank's share of `indices`, in micro-batches on its device; of each row the last `tokens`."""
+        """This rank's share of `indices`, in micro-batches of `size` rows on its device; of each row the last `tokens`.
+
+        Args:
+            packing, size: by default those of training.
+        """
         ranks = (self.accelerator.process_index, self.accelerator.num_processes)
         packing = self.args.packing if packing is None else packing
-        size, pad = self.args.per_device_train_batch_size, self.data.pad_token_id
+        size, pad = size or self.args.per_device_train_batch_size, self.data.pad_token_id
         for batch in micro_batches(rows, indices, size, *ranks, pad, tokens, packing):
             yield {key: tensor.to(self.accelerator.device) for key, tensor in batch.items()}
 
@@ -82,8 +91,8 @@ class Objective:
 
     def validation_loss(self) -> float:
         with evaluation_mode(self.unwrapped):
-            rows = self.data.validation
-            loss_sum, count = reduce_sum(self.loss_over(rows, range(len(rows))))
+            rows, size = self.data.validation, self.args.per_device_eval_batch_size
+            loss_sum, count = reduce_sum(self.loss_over(rows, range(len(rows)), None, None, size))
         return (loss_sum / count).item()
 
     def global_batch(self, step: int) -> GlobalBatch:

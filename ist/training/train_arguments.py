@@ -14,11 +14,14 @@ class TrainArguments:
     _argument_group_name = "training (names as in transformers.TrainingArguments)"
     free_keys = (
         *("per_device_train_batch_size", "gradient_accumulation_steps"),  # global_batch_size stays
-        *("gradient_checkpointing", "torch_compile", "torch_compile_backend"),
+        *("per_device_eval_batch_size", "gradient_checkpointing", "torch_compile", "torch_compile_backend"),
     )
     same_values: ClassVar = {"adamw_torch_fused": "adamw_torch", "offload": "keep"}  # of the same computation
 
     per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
+    per_device_eval_batch_size: int | None = option(
+        None, "Rows per micro-batch of a validation. Default: per_device_train_batch_size; --plan does not count more."
+    )
     gradient_accumulation_steps: int | None = option(
         None, "Micro-batches per optimizer step. Default: 1, or as many as global_batch_size needs."
     )
@@ -52,7 +55,8 @@ class TrainArguments:
     torch_compile_backend: str = option("inductor", "Of torch.compile.")
 
     def __post_init__(self) -> None:
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"):
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        for key in (*sizes, "gradient_accumulation_steps", "global_batch_size"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
         if self.global_batch_size and self.gradient_accumulation_steps:
             raise UsageError(

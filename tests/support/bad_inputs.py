@@ -65,6 +65,7 @@ OUT_OF_RANGE = {
     ),
     **dict.fromkeys(("save_steps", "save_total_limit", "lora_r", "lora_alpha", "update_interval"), _COUNTS),
     **dict.fromkeys(("probe_batch_size", "candidates", "ddp_timeout", "max_length"), _COUNTS),
+    "per_device_eval_batch_size": _COUNTS,
     "max_steps": ("0", "-2"),
     **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), (*_NUMBERS, "0")),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (*_NUMBERS, "1", "1.5")),

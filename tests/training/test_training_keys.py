@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from support import read_lines
+from support.runs import assert_same_adapter, cut_after
 from torch import nn
 
+from ist.training import objective
 from ist.training.arguments import Arguments, parse_training_arguments
 from ist.training.command_line import UsageError
 from ist.training.prepare import make_optimizer
@@ -55,3 +58,27 @@ def test_a_run_goes_on_with_its_own_adam_keys_alone(train, tmp_path):
     with pytest.raises(UsageError, match=r"adam_beta2 \(0\.9 there, 0\.999 here\), adam_epsilon \(0\.01 there, 1e-08"):
         train(max_steps=4, resume_from_checkpoint="auto", adam_beta1=0.5)
     assert train(max_steps=4, resume_from_checkpoint="auto", **ADAM) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_validation_loss_does_not_depend_on_its_batch(train, tmp_path, monkeypatch, packing):
+    sizes, plain = set(), objective.micro_batches
+    monkeypatch.setattr(objective, "micro_batches", lambda *args: sizes.add(args[2]) or plain(*args))
+    options = {"validation_size": 10, "eval_steps": 2, "max_steps": 4, "save_steps": 2, "packing": packing}
+    lines = {}
+    for size in (None, 3, 16):
+        sizes.clear()
+        assert train(output_dir=tmp_path / str(size), per_device_eval_batch_size=size, **options) == 0
+        assert sizes == {4, size or 4}
+        lines[size] = read_lines(tmp_path / str(size) / "metrics.jsonl")
+    for size in (3, 16):
+        for line, default in zip(lines[size], lines[None], strict=True):
+            assert line.get("loss") == default.get("loss")
+            assert line.get("validation_loss", 0) == pytest.approx(default.get("validation_loss", 0), rel=1e-6)
+    cut_after(2, tmp_path / "3", tmp_path / "cut")
+    again = {"output_dir": tmp_path / "cut", "resume_from_checkpoint": "auto"}
+    assert train(**again, per_device_eval_batch_size=16, **options) == 0
+    assert_same_adapter(tmp_path / "cut", tmp_path / "16")
