@@ -55,7 +55,7 @@ from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
 from ist.training.peft_config import as_json, config_key, make_peft_config
 from ist.training.plan import plan_run
-from ist.training.prepare import make_scheduler, prepare
+from ist.training.prepare import make_scheduler, prepare, require_schedule_of_rates
 from ist.training.record import (
     RunRecord,
     differing_keys,
@@ -126,6 +126,7 @@ def start(
     require_fitting(data, planned.config, planned.vocabulary)
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     max_steps = total_steps(configuration)
+    require_schedule_of_rates(args, max_steps)
     if isinstance(rule, StepwiseUnmasking) and planned.layers.n_scalars:
         rule.schedule(planned.layers.n_scalars, max_steps)
     peft_config = make_peft_config(args, max_steps)

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import errno
 import functools
+import json
 import logging
 import os
 import re
@@ -299,6 +300,8 @@ def parse_arguments(
     texts = {}
     for name, value in _recipe(recipe).items() if recipe else ():
         key = _known_key(name, known, synonyms or {})
+        if isinstance(value, dict) and known[key].metadata.get("metavar") == "JSON":
+            value = json.dumps(value)
         texts[key] = _recipe_texts(recipe, name, value)
     texts |= _given(flags, known, synonyms or {})
     values = {name: _value(known[name], written) for name, written in texts.items()}

@@ -1,12 +1,34 @@
 """The keys of the group "training": batches, learning rate, optimizer, precision; part of arguments.py."""
 
+import json
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ist.training.command_line import UsageError, require
 from ist.training.keys import option
 from ist.training.packages import require_package
+
+
+def _canonical_kwargs(text: str) -> str:
+    """The same JSON object, its keys in order, its numbers as numbers: YAML reads 1e-5 as a text.
+
+    Raises:
+        UsageError: it is no JSON object of finite numbers and texts.
+    """
+    key, allowed = "lr_scheduler_kwargs", 'a JSON object of finite numbers and texts, such as {"min_lr": 1e-5}'
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--{key} must be {allowed}; got {text}.") from error
+    require(isinstance(values, dict), key, allowed, text)
+    for name, value in values.items():
+        with suppress(ValueError):
+            values[name] = float(value) if isinstance(value, str) else value
+    finite = (isinstance(v, str) or (isinstance(v, (int, float)) and math.isfinite(v)) for v in values.values())
+    require(all(finite), key, allowed, text)
+    return json.dumps(values, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -30,8 +52,17 @@ class TrainArguments:
     )
     learning_rate: float = option(2e-4, "Peak learning rate.")
     lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+        *("linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial"),
+        *("constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay"),
     ] = option("linear", "linear, cosine, constant, ...: the schedule after the warm-up.")
+    lr_scheduler_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "The schedule's own arguments, JSON. Those of transformers: cosine_with_min_lr takes "
+            '{"min_lr": 1e-5} or min_lr_rate, warmup_stable_decay needs {"num_decay_steps": 100}.',
+            "metavar": "JSON",
+        },
+    )
     warmup_steps: float = option(100, "Steps of linear warm-up. Below 1: a share of all steps.")
     num_train_epochs: float = option(3.0, "Passes over the rows.")
     max_steps: int = option(-1, "Optimizer steps; -1: as num_train_epochs says.")
@@ -80,21 +111,26 @@ class TrainArguments:
         if self.optim.endswith("8bit"):
             require_package("bitsandbytes", f"--optim {self.optim}")
         if self.torch_compile:
-            import torch
-
-            if torch.__version__ < (2, 13):
-                raise UsageError(
-                    f"--torch_compile true needs torch 2.13 or newer; {torch.__version__} compiles wrong gradients of "
-                    "layers that are trained by turns. Leave it out."
-                )
-            backends = torch._dynamo.list_backends(exclude_tags=())
-            known = self.torch_compile_backend in backends
-            require(known, "torch_compile_backend", "one of " + ", ".join(backends), self.torch_compile_backend)
-            if self.gradient_checkpointing:
-                raise UsageError(
-                    "--torch_compile true cannot be had with --gradient_checkpointing true: the recomputation inside a "
-                    "compiled layer draws random numbers, which the compiler refuses. Leave one out."
-                )
-        if self.lr_scheduler_type == "polynomial":
+            self._require_compiler()
+        if self.lr_scheduler_kwargs:
+            object.__setattr__(self, "lr_scheduler_kwargs", _canonical_kwargs(self.lr_scheduler_kwargs))
+        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             require(self.learning_rate > 1e-7, "learning_rate", "above 1e-7, where polynomial ends", self.learning_rate)
         require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
+
+    def _require_compiler(self) -> None:
+        import torch
+
+        if torch.__version__ < (2, 13):
+            raise UsageError(
+                f"--torch_compile true needs torch 2.13 or newer; {torch.__version__} compiles wrong gradients of "
+                "layers that are trained by turns. Leave it out."
+            )
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        known = self.torch_compile_backend in backends
+        require(known, "torch_compile_backend", "one of " + ", ".join(backends), self.torch_compile_backend)
+        if self.gradient_checkpointing:
+            raise UsageError(
+                "--torch_compile true cannot be had with --gradient_checkpointing true: the recomputation inside a "
+                "compiled layer draws random numbers, which the compiler refuses. Leave one out."
+            )

@@ -86,6 +86,7 @@ TYPED = {
         ("selection", "optim", "dtype", "prompt_template", "report_to"), ("none-such", "{}", "NONE", "ist ")
     ),
     **dict.fromkeys(("lr_scheduler_type", "optimizer_state", "peft_method"), ("best", "LORA", "0")),
+    "lr_scheduler_kwargs": ("none-such", "[1]", "{", "1", '{"min_lr": 0}', '{"a": [1]}'),
     "attn_implementation": ("none-such", "flash", "0"),
     "trained_layers": ("some", "half", "1e", "[2]"),
 }
@@ -98,6 +99,8 @@ EXCLUSIVE = (
     {"selection": "id3", "optim": "adamw_8bit"},
     {"optim": "adamw_8bit", "optimizer_state": "offload"},
     {"optim": "paged_adamw_8bit", "optimizer_state": "drop"},
+    {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": '{"num_cycles": 2}'},
+    {"lr_scheduler_type": "warmup_stable_decay"},
     {"torch_compile": "true", "gradient_checkpointing": "true"},
     {"selection": "ist", "peft_method": "none"},
     {"peft_method": "none", "load_in_4bit": "true", "selection": "random"},

@@ -1,15 +1,18 @@
 """Keys of TrainingArguments: each does what transformers, PEFT or torch do under that name."""
 
+import json
+
 import pytest
 import torch
 from support import read_lines
 from support.runs import assert_same_adapter, cut_after
 from torch import nn
+from transformers import get_scheduler
 
 from ist.training import objective
 from ist.training.arguments import Arguments, parse_training_arguments
 from ist.training.command_line import UsageError
-from ist.training.prepare import make_optimizer
+from ist.training.prepare import make_optimizer, make_scheduler, require_schedule_of_rates
 
 
 def parsed(*flags: str) -> Arguments:
@@ -82,3 +85,74 @@ def test_the_validation_loss_does_not_depend_on_its_batch(train, tmp_path, monke
     again = {"output_dir": tmp_path / "cut", "resume_from_checkpoint": "auto"}
     assert train(**again, per_device_eval_batch_size=16, **options) == 0
     assert_same_adapter(tmp_path / "cut", tmp_path / "16")
+
+
+# ---------------------------------------------------------------------------------------------------- learning rates
+
+SCHEDULES = {
+    "cosine_with_min_lr": {"min_lr": 1e-3},
+    "warmup_stable_decay": {"num_decay_steps": 3, "decay_type": "linear", "min_lr_ratio": 0.1},
+    "polynomial": {"power": 2, "lr_end": 1e-3},
+    "inverse_sqrt": {"timescale": 4},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_are_those_of_transformers(name):
+    flags = (f"--lr_scheduler_type={name}", f"--lr_scheduler_kwargs={json.dumps(SCHEDULES[name])}", "--warmup_steps=2")
+    args = parsed(*flags, "--learning_rate=5e-3")
+    require_schedule_of_rates(args, 10)
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=5e-3) for _ in range(3)]
+    ours = make_scheduler(args, optimizers[0], 10)
+    theirs = get_scheduler(name, optimizers[1], 2, 10, SCHEDULES[name])
+    linear = get_scheduler("linear", optimizers[2], 2, 10)
+    rates = [[], [], []]
+    for _ in range(10):
+        for schedule, seen in zip((ours, theirs, linear), rates, strict=True):
+            seen += schedule.get_last_lr()
+            schedule.optimizer.step()
+            schedule.step()
+    assert rates[0] == rates[1] != rates[2]
+
+
+def test_a_schedule_with_arguments_resumes_exactly(train, tmp_path):
+    recipe = tmp_path / "recipe.yaml"  # YAML reads 5e-4 as a text
+    recipe.write_text("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 5e-4}\n")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"config": recipe, "max_steps": 6, "save_steps": 3}
+    assert train(output_dir=whole, **options) == 0
+    lines = read_lines(whole / "metrics.jsonl")
+    schedule = get_scheduler(
+        "cosine_with_min_lr", torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=5e-3), 2, 6, {"min_lr": 5e-4}
+    )
+    assert [line["learning_rate"] for line in lines] == [5e-3 * schedule.lr_lambdas[0](step) for step in range(6)]
+    cut_after(3, whole, cut)
+    with pytest.raises(UsageError, match=r'lr_scheduler_kwargs \({"min_lr": 0\.0005} there, {"min_lr_rate": 0\.1}'):
+        train(output_dir=cut, resume_from_checkpoint="auto", lr_scheduler_kwargs='{"min_lr_rate": 0.1}', **options)
+    assert train(output_dir=cut, resume_from_checkpoint="auto", **options) == 0
+    assert_same_adapter(cut, whole)
+    assert [line["learning_rate"] for line in read_lines(cut / "metrics.jsonl")] == [
+        line["learning_rate"] for line in lines
+    ]
+
+
+BAD_SCHEDULES = (
+    ("linear", '{"min_lr": 1e-5}', "cannot be used: .*min_lr"),
+    ("constant", '{"num_cycles": 2}', "takes no arguments"),
+    ("warmup_stable_decay", None, "cannot be used: .*num_decay_steps"),
+    ("warmup_stable_decay", '{"num_decay_steps": "many"}', "cannot be used"),
+    ("cosine_with_min_lr", '{"min_lr": 1}', "learning rate after .* steps is .* from 0 to --learning_rate 0.005"),
+    ("cosine_with_min_lr", '{"min_lr_rate": NaN}', "must be a JSON object of finite numbers"),
+    ("polynomial", '{"power": -1}', "cannot be used|learning rate after"),
+    ("cosine", "[1]", "must be a JSON object"),
+    ("cosine", "{", "must be a JSON object"),
+)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "message"), BAD_SCHEDULES)
+def test_a_schedule_that_cannot_be_is_refused(train, tmp_path, monkeypatch, name, kwargs, message):
+    monkeypatch.setattr("train_ist.prepare", None)
+    with pytest.raises(UsageError, match=message) as error:
+        train(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
