@@ -171,7 +171,8 @@ class AdapterArguments:
 class RunArguments:
     _argument_group_name = "run"
     free_keys = (
-        *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
+        *("output_dir", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
+        *("save_total_limit", "resume_from_checkpoint"),
         *("report_to", "run_name", "log_adapter", "ddp_timeout"),
         *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_base_model"),
     )
@@ -182,8 +183,16 @@ class RunArguments:
         " is WANDB_RUN_ID, or the start time.",
     )
     logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.")
+    eval_strategy: Literal["no", "steps", "epoch"] | None = option(
+        None, "When to validate: no, steps or epoch. Default: steps where eval_steps is given, else no."
+    )
     eval_steps: int | None = option(
         None, "Steps between two validations. The first and the last step are always validated."
+    )
+    save_strategy: Literal["no", "steps", "epoch"] | None = option(
+        None,
+        "When to write checkpoints: no, steps or epoch. Default: steps where save_steps is given, else no. epoch: "
+        "after the step that ends a pass over the rows, and after the last one.",
     )
     save_steps: int | None = option(None, "Steps between two checkpoints. Default: only where the run is stopped.")
     save_total_limit: int | None = option(None, "Checkpoints to keep, and the best one. Default: all.")
@@ -228,6 +237,15 @@ class RunArguments:
         for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
+        for name in ("eval", "save"):
+            strategy, steps = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
+            if strategy == "steps" and not steps:
+                raise UsageError(f"--{name}_strategy steps needs --{name}_steps N.")
+            if strategy in ("no", "epoch") and steps:
+                raise UsageError(
+                    f"--{name}_strategy {strategy} and --{name}_steps {steps} are both given: leave one out."
+                )
+            object.__setattr__(self, f"{name}_strategy", strategy or ("steps" if steps else "no"))
         require(1 <= self.ddp_timeout <= 10**9, "ddp_timeout", "from 1 to 10^9 seconds", self.ddp_timeout)
 
 
@@ -353,7 +371,9 @@ def _require_consistent(args: Arguments) -> None:
     for key in ("load_best_model_at_end", "eval_steps"):
         if getattr(args, key) and not has_validation:
             raise UsageError(f"--{key} needs --validation_file or --validation_size.")
-    if args.load_best_model_at_end and not args.eval_steps:
-        raise UsageError("--load_best_model_at_end needs --eval_steps.")
+    if args.eval_strategy == "epoch" and not has_validation:
+        raise UsageError("--eval_strategy epoch needs --validation_file or --validation_size.")
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise UsageError("--load_best_model_at_end needs --eval_steps, or --eval_strategy epoch.")
     if args.selection == "id3" and args.optim != "adamw_torch":
         raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")

@@ -211,6 +211,7 @@ def _element(name: str, form: Form, text: str) -> Any:
         UsageError: it is not of the key's kind, or none of its choices.
     """
     if form.choices:
+        text = "no" if text == "false" and "no" in form.choices else text  # YAML reads no as false
         require(text in form.choices, name, "one of " + ", ".join(form.choices), text)
     if form.kind is bool:
         require(text.lower() in _TRUTH, name, "true or false", text)

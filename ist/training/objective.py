@@ -55,7 +55,7 @@ class Objective:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self._lengths = [len(ids) for ids in data.rows["input_ids"]]
         self._predicted = [count_predicted(labels) for labels in data.rows["labels"]]
-        self._stream = GlobalBatches(len(data.rows), args.global_batch_size, config.seed)
+        self.stream = GlobalBatches(len(data.rows), args.global_batch_size, config.seed)
         self._reducer = GradientReducer(() if self.sharded else parameters)
 
     def batches(
@@ -97,7 +97,7 @@ class Objective:
 
     def global_batch(self, step: int) -> GlobalBatch:
         """Every rank knows the whole batch, so it can divide by the batch's predicted tokens without asking."""
-        indices = self._stream.rows(step)
+        indices = self.stream.rows(step)
         tokens, predicted = (sum(counts[i] for i in indices) for counts in (self._lengths, self._predicted))
         return GlobalBatch(list(self.batches(self.data.rows, indices)), tokens, predicted)
 

@@ -85,6 +85,7 @@ TYPED = {
     **dict.fromkeys(
         ("selection", "optim", "dtype", "prompt_template", "report_to"), ("none-such", "{}", "NONE", "ist ")
     ),
+    **dict.fromkeys(("eval_strategy", "save_strategy"), ("best", "epochs", "0")),
     **dict.fromkeys(("lr_scheduler_type", "optimizer_state", "peft_method"), ("best", "LORA", "0")),
     "lr_scheduler_kwargs": ("none-such", "[1]", "{", "1", '{"min_lr": 0}', '{"a": [1]}'),
     "attn_implementation": ("none-such", "flash", "0"),
@@ -95,6 +96,9 @@ EXCLUSIVE = (
     {"dataset_name": "some/rows"},
     {"load_best_model_at_end": "true"},
     {"eval_steps": "3"},
+    {"eval_strategy": "epoch"},
+    {"eval_strategy": "steps", "validation_size": "4"},
+    {"save_strategy": "epoch", "save_steps": "3"},
     {"log_adapter": "true"},
     {"selection": "id3", "optim": "adamw_8bit"},
     {"optim": "adamw_8bit", "optimizer_state": "offload"},

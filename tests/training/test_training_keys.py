@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from support import read_lines
-from support.runs import assert_same_adapter, cut_after
+from support.runs import assert_same_adapter, cut_after, without_times
 from torch import nn
 from transformers import get_scheduler
 
 from ist.training import objective
 from ist.training.arguments import Arguments, parse_training_arguments
 from ist.training.command_line import UsageError
+from ist.training.data import GlobalBatches
 from ist.training.prepare import make_optimizer, make_scheduler, require_schedule_of_rates
 
 
@@ -156,3 +157,59 @@ def test_a_schedule_that_cannot_be_is_refused(train, tmp_path, monkeypatch, name
         train(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------- validations and saves
+
+
+@pytest.mark.parametrize(("n_rows", "batch_size"), [(10, 4), (8, 4), (3, 8), (1, 1), (7, 5)])
+def test_an_epoch_ends_where_its_last_row_is(n_rows, batch_size):
+    stream, places = GlobalBatches(n_rows, batch_size, 1), []
+    for step in range(20):
+        before = len(places) // n_rows
+        places += stream.rows(step)
+        whole = len(places) // n_rows
+        assert all({*places[i * n_rows : (i + 1) * n_rows]} == {*range(n_rows)} for i in range(whole))
+        assert stream.ends_epoch(step + 1) == (whole > before)
+
+
+def test_validations_and_saves_at_the_ends_of_epochs(train, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"validation_size": 10, "per_device_train_batch_size": 16, "num_train_epochs": 2.5, "max_steps": -1}
+    options |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    assert train(output_dir=whole, **options) == 0
+    # 50 rows in batches of 16: 64, 112 and (the run's end) 128 of them.
+    validated = [line["step"] for line in read_lines(whole / "metrics.jsonl") if "validation_loss" in line]
+    assert validated == [0, 4, 7, 8]
+    saved = sorted(int(path.name.removeprefix("step_")) for path in (whole / "checkpoints").iterdir())
+    assert saved == [4, 7, 8]
+    cut_after(4, whole, cut)
+    (cut / "recipe.yaml").write_text("save_strategy: no\n")  # where and how a run saves is free; YAML's no is false
+    recipe = {"config": cut / "recipe.yaml", "resume_from_checkpoint": "auto"}
+    assert train(output_dir=cut, **recipe, **{k: v for k, v in options.items() if k != "save_strategy"}) == 0
+    assert_same_adapter(cut, whole)
+    assert without_times(read_lines(cut / "metrics.jsonl")) == without_times(read_lines(whole / "metrics.jsonl"))
+
+
+VALIDATED = "--validation_size=4"
+STRATEGIES = (
+    (("--eval_strategy=epoch",), "--eval_strategy epoch needs --validation_file"),
+    (("--eval_strategy=steps", VALIDATED), "--eval_strategy steps needs --eval_steps N"),
+    (("--eval_strategy=epoch", "--eval_steps=4", VALIDATED), "epoch and --eval_steps 4 are both given"),
+    (("--eval_strategy=no", "--eval_steps=4", VALIDATED), "no and --eval_steps 4 are both given"),
+    (("--save_strategy=steps",), "--save_strategy steps needs --save_steps N"),
+    (("--save_strategy=epoch", "--save_steps=4"), "epoch and --save_steps 4 are both given"),
+    (("--save_strategy=best",), "must be one of no, steps, epoch; got best"),
+    (("--load_best_model_at_end=true", VALIDATED), "needs --eval_steps, or --eval_strategy epoch"),
+)
+
+
+@pytest.mark.parametrize(("flags", "message"), STRATEGIES)
+def test_strategies_that_do_not_go_together(flags, message):
+    with pytest.raises(UsageError, match=message):
+        parsed(*flags)
+
+
+def test_steps_are_the_strategy_where_they_are_given():
+    args = parsed("--eval_steps=4", VALIDATED)
+    assert (args.eval_strategy, args.save_strategy) == ("steps", "no")
