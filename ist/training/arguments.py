@@ -197,6 +197,10 @@ class RunArguments:
     save_steps: int | None = option(None, "Steps between two checkpoints. Default: only where the run is stopped.")
     save_total_limit: int | None = option(None, "Checkpoints to keep, and the best one. Default: all.")
     load_best_model_at_end: bool = option(False, "adapter/ is that of the lowest validation loss, not the last.")
+    early_stopping_patience: int | None = option(
+        None, "End after so many validations without improvement. The first one, before any step, does not count."
+    )
+    early_stopping_threshold: float = option(0.0, "By how much more the validation loss must fall below the best.")
     resume_from_checkpoint: str = option(
         "none",
         "none, auto or a checkpoint's folder. auto: the newest whole checkpoint in output_dir; where there is none, "
@@ -234,9 +238,13 @@ class RunArguments:
             value = getattr(self, key) or "a/b"
             named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) is not None
             require(named, key, "a name on the Hub, such as user/name", value)
-        for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
+        for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "early_stopping_patience"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
+        threshold = self.early_stopping_threshold
+        require(0 <= threshold < math.inf, "early_stopping_threshold", "a finite number, 0 or more", threshold)
+        if threshold and not self.early_stopping_patience:
+            raise UsageError("--early_stopping_threshold needs --early_stopping_patience N.")
         for name in ("eval", "save"):
             strategy, steps = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
             if strategy == "steps" and not steps:
@@ -368,12 +376,13 @@ def _with_precision(args: Arguments) -> Arguments:
 def _require_consistent(args: Arguments) -> None:
     """Raises UsageError for keys of several groups that do not go together."""
     has_validation = bool(args.validation_file or args.validation_size)
-    for key in ("load_best_model_at_end", "eval_steps"):
+    for key in ("load_best_model_at_end", "eval_steps", "early_stopping_patience"):
         if getattr(args, key) and not has_validation:
             raise UsageError(f"--{key} needs --validation_file or --validation_size.")
     if args.eval_strategy == "epoch" and not has_validation:
         raise UsageError("--eval_strategy epoch needs --validation_file or --validation_size.")
-    if args.load_best_model_at_end and args.eval_strategy == "no":
-        raise UsageError("--load_best_model_at_end needs --eval_steps, or --eval_strategy epoch.")
+    for key in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(args, key) and args.eval_strategy == "no":
+            raise UsageError(f"--{key} needs --eval_steps, or --eval_strategy epoch.")
     if args.selection == "id3" and args.optim != "adamw_torch":
         raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")

@@ -118,12 +118,11 @@ def help_text(groups: Sequence[type], description: str, topics: Sequence[str]) -
     if topics:
         return "\n".join(lines)
     lines = [f"usage: {_program()} [--config FILE.yaml] [--key value ...]", "", *textwrap.wrap(description, WIDTH)]
-    lines += ["FILE is a recipe, `key: value` lines; keys on the command line override it."]
+    lines += ["FILE has `key: value` lines; the command line overrides them. A key's default stands behind it."]
     if not names:
         return "\n".join([*lines, "", *(line for key in keys.values() for line in _whole(key))])
     *others, last = names
-    lines += ["Below, a key's default stands behind it. --help GROUP and --help KEY have the whole text;"]
-    lines += [f"groups are {', '.join(others)} and {last}."]
+    lines += [f"--help KEY and --help GROUP say more; groups are {', '.join(others)} and {last}."]
     for group in groups:
         lines += ["", f"{group_name(group)}", *map(_line, fields(group))]
     return "\n".join(lines)

@@ -139,6 +139,7 @@ class Monitor:
         improved = False
         if self.job.data.validation and (last or self._is_due(args.eval_strategy, args.eval_steps, step)):
             self.validate(progress)
+            progress.count_improvement(args.early_stopping_threshold)
             best = progress.best
             improved = args.load_best_model_at_end and (
                 best is None or progress.validation_loss < best["validation_loss"]

@@ -124,7 +124,6 @@ _INSTEAD = {
     "evals_per_epoch": _VALIDATE,
     "saves_per_epoch": "use --save_steps N",
     "logging_strategy": "use --logging_steps N",
-    "early_stopping_patience": "it is not served: --load_best_model_at_end true keeps the best of --eval_steps",
     "metric_for_best_model": _WITHOUT.format("--load_best_model_at_end goes by the validation loss"),
     "betas": "use --adam_beta1 and --adam_beta2",
     "cosine_min_lr_ratio": "use --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}'",

@@ -1,16 +1,21 @@
 """Keys of TrainingArguments: each does what transformers, PEFT or torch do under that name."""
 
 import json
+import random
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import read_lines
-from support.runs import assert_same_adapter, cut_after, without_times
+from support.runs import adapter_of, assert_same_adapter, cut_after, without_times
 from torch import nn
-from transformers import get_scheduler
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, get_scheduler
 
 from ist.training import objective
 from ist.training.arguments import Arguments, parse_training_arguments
+from ist.training.checkpoints import Progress
 from ist.training.command_line import UsageError
 from ist.training.data import GlobalBatches
 from ist.training.prepare import make_optimizer, make_scheduler, require_schedule_of_rates
@@ -213,3 +218,75 @@ def test_strategies_that_do_not_go_together(flags, message):
 def test_steps_are_the_strategy_where_they_are_given():
     args = parsed("--eval_steps=4", VALIDATED)
     assert (args.eval_strategy, args.save_strategy) == ("steps", "no")
+
+
+# ----------------------------------------------------------------------------------------------------- early stopping
+
+
+def early_stop(losses: list[float], patience: int, threshold: float) -> int | None:
+    """After how many validations transformers' callback stops; the Trainer notes the best loss after each."""
+    callback, state, control = EarlyStoppingCallback(patience, threshold), TrainerState(), TrainerControl()
+    args = SimpleNamespace(greater_is_better=False, metric_for_best_model="loss")
+    for i, loss in enumerate(losses, 1):
+        callback.on_evaluate(args, state, control, {"eval_loss": loss})
+        state.best_metric = loss if state.best_metric is None else min(loss, state.best_metric)
+        if control.should_training_stop:
+            return i
+    return None
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_early_stopping_counts_as_transformers_does(patience, threshold):
+    draw = random.Random(0)
+    for _ in range(50):
+        losses = [draw.randrange(12) / 4 for _ in range(12)]  # with ties, and steps of just the threshold
+        progress, stopped = Progress(), None
+        for i, loss in enumerate(losses, 1):
+            progress.validation_loss = loss
+            progress.count_improvement(threshold)
+            if stopped is None and progress.stops_early(patience):
+                stopped = i
+        assert stopped == early_stop(losses, patience, threshold)
+        assert not progress.stops_early(None)
+
+
+def test_a_run_that_stops_early_is_finished_and_resumes_exactly(train, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"validation_size": 10, "eval_steps": 1, "early_stopping_patience": 3, "load_best_model_at_end": True}
+    options |= {"learning_rate": 0.5, "lr_scheduler_type": "constant", "save_steps": 1}
+    assert train(output_dir=whole, **options) == 0
+    run = json.loads((whole / "run.json").read_text())
+    losses = [line["validation_loss"] for line in read_lines(whole / "metrics.jsonl") if "validation_loss" in line]
+    stopped = early_stop(losses[1:], 3, 0.0)
+    assert (run["status"], run["stopped_early"], run["steps"]) == ("finished", stopped, stopped)
+    assert len(losses) == 1 + stopped < 20
+    best = run["best"]["step"]
+    assert losses[best] == min(losses[1:])
+    saved = load_file(whole / f"checkpoints/step_{best:06d}/adapter.safetensors")
+    saved, adapter = {name.replace(".default", ""): tensor for name, tensor in saved.items()}, adapter_of(whole)
+    assert adapter.keys() == saved.keys()
+    assert all(torch.equal(adapter[name], saved[name]) for name in adapter)
+    for step in (stopped - 1, stopped):  # two of the three are counted in the checkpoint; all of them, and none is left
+        cut_after(step, whole, cut)
+        assert train(output_dir=cut, resume_from_checkpoint="auto", **options) == 0
+        again = json.loads((cut / "run.json").read_text())
+        assert (again["status"], again["stopped_early"], again["best"]) == ("finished", stopped, run["best"])
+        assert without_times(read_lines(cut / "metrics.jsonl")) == without_times(read_lines(whole / "metrics.jsonl"))
+        assert_same_adapter(cut, whole)
+        shutil.rmtree(cut)
+
+
+EARLY = (
+    ({"early_stopping_patience": 0, "validation_size": 4, "eval_steps": 1}, "must be 1 or more; got 0"),
+    ({"early_stopping_patience": 2}, "--early_stopping_patience needs --validation_file"),
+    ({"early_stopping_patience": 2, "validation_size": 4}, "needs --eval_steps, or --eval_strategy epoch"),
+    ({"early_stopping_threshold": 0.1}, "--early_stopping_threshold needs --early_stopping_patience"),
+    ({"early_stopping_threshold": "nan"}, "must be a finite number, 0 or more; got nan"),
+)
+
+
+@pytest.mark.parametrize(("keys", "message"), EARLY)
+def test_early_stopping_needs_validations(keys, message):
+    with pytest.raises(UsageError, match=message):
+        parsed(*(f"--{key}={value}" for key, value in keys.items()))
