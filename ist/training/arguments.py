@@ -384,5 +384,10 @@ def _require_consistent(args: Arguments) -> None:
     for key in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(args, key) and args.eval_strategy == "no":
             raise UsageError(f"--{key} needs --eval_steps, or --eval_strategy epoch.")
+    if args.packing and args.neftune_noise_alpha:
+        raise UsageError(
+            "--neftune_noise_alpha scales its noise by the length of a row, --packing true makes one of many: leave "
+            "one out."
+        )
     if args.selection == "id3" and args.optim != "adamw_torch":
         raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")

@@ -117,7 +117,7 @@ def help_text(groups: Sequence[type], description: str, topics: Sequence[str]) -
             return None
     if topics:
         return "\n".join(lines)
-    lines = [f"usage: {_program()} [--config FILE.yaml] [--key value ...]", "", *textwrap.wrap(description, WIDTH)]
+    lines = [f"usage: {_program()} [--config FILE.yaml] [--key value ...]", *textwrap.wrap(description, WIDTH)]
     lines += ["FILE has `key: value` lines; the command line overrides them. A key's default stands behind it."]
     if not names:
         return "\n".join([*lines, "", *(line for key in keys.values() for line in _whole(key))])

@@ -21,6 +21,11 @@ from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError
 from ist.training.data import Data, GlobalBatches, micro_batches
 
+try:
+    from transformers.integrations import neftune_post_forward_hook
+except ImportError:  # of transformers 5.0
+    from transformers.trainer_utils import neftune_post_forward_hook
+
 Batch = dict[str, Tensor]
 
 
@@ -57,6 +62,11 @@ class Objective:
         self._predicted = [count_predicted(labels) for labels in data.rows["labels"]]
         self.stream = GlobalBatches(len(data.rows), args.global_batch_size, config.seed)
         self._reducer = GradientReducer(() if self.sharded else parameters)
+        if args.neftune_noise_alpha is not None:
+            # Noise of the generator that seed_dropout seeds, so the same on resume; evaluation_mode is without it.
+            embeddings = self.unwrapped.get_input_embeddings()
+            embeddings.neftune_noise_alpha = args.neftune_noise_alpha
+            embeddings.register_forward_hook(neftune_post_forward_hook)
 
     def batches(
         self,

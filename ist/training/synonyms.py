@@ -53,6 +53,7 @@ _SAME = {
     "adam_beta2": "beta2",
     "adam_epsilon": "eps adam_eps",
     "weight_decay": "wd",
+    "neftune_noise_alpha": "neft_alpha neftune_alpha noise_alpha",
     "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm gradient_clip_val",
     "gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing grad_checkpointing",
     "seed": "data_seed random_state random_seed",
@@ -100,7 +101,6 @@ _INSTEAD = {
     "cache_dir": _ENVIRONMENT.format("HF_HOME"),
     "hub_token": "log in with hf auth login, or " + _ENVIRONMENT.format("HF_TOKEN"),
     "use_liger_kernel": _NOT_SERVED,
-    "neftune_noise_alpha": _NOT_SERVED,
     # ---- Rows.
     "dataset": _DATA,
     "template": "use --prompt_template (alpaca, llm_adapters, chat, ...); with chat also --chat_template",
@@ -162,7 +162,6 @@ _ALIKE = {  # more names for what the right one says
     "model_type": "tokenizer_type",
     "hub_token": "hf_token token use_auth_token hf_hub_token",
     "use_liger_kernel": "enable_liger_kernel use_unsloth",
-    "neftune_noise_alpha": "neft_alpha",
     "dataset": "datasets train_dataset dataset_dir dataset_path dataset_name_or_path",
     "template": "conversation prompt_style instruction_template",
     "train_on_inputs": "train_on_prompt",

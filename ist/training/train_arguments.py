@@ -80,6 +80,9 @@ class TrainArguments:
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Clip the gradient of the trained layers; 0: do not.")
+    neftune_noise_alpha: float | None = option(
+        None, "NEFTune: noise on the embeddings while training. Not in probes and validations; 5 to 15 in its paper."
+    )
     bf16: bool | None = option(None, "Mixed precision: autocast to bfloat16. Default: as accelerate launch says.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward. Non-reentrant.")
     torch_compile: bool = option(False, "Compile each layer. Not the whole model: its graph changes with the draw.")
@@ -100,6 +103,8 @@ class TrainArguments:
             require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
             require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
+        alpha = self.neftune_noise_alpha
+        require(alpha is None or 0 < alpha < math.inf, "neftune_noise_alpha", "a finite number above 0", alpha)
         if self.optimizer_state == "offload" and self.optim.endswith("8bit"):
             raise UsageError(
                 f"--optimizer_state offload cannot move the state of --optim {self.optim}: use adamw_torch."

@@ -290,3 +290,32 @@ EARLY = (
 def test_early_stopping_needs_validations(keys, message):
     with pytest.raises(UsageError, match=message):
         parsed(*(f"--{key}={value}" for key, value in keys.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------- NEFTune
+
+
+def test_noise_is_of_training_alone_and_the_same_on_resume(train, tmp_path):
+    plain, noisy, cut = (tmp_path / name for name in ("plain", "noisy", "cut"))
+    # The first step's learning rate is 0: the losses at step 1 are those of the weights to begin with.
+    options = {"validation_size": 6, "eval_steps": 1, "max_steps": 4, "update_interval": 1, "save_steps": 2}
+    assert train(output_dir=plain, **options) == 0
+    options["neftune_noise_alpha"] = 5
+    assert train(output_dir=noisy, **options) == 0
+    (ours, theirs) = ([line for line in read_lines(run / "metrics.jsonl")] for run in (noisy, plain))
+    key = "validation_loss"
+    assert [line[key] for line in ours if key in line][:2] == [line[key] for line in theirs if key in line][:2]
+    assert ours[1]["loss"] != theirs[1]["loss"]
+    probed = [read_lines(run / "importance.jsonl")[0] for run in (noisy, plain)]
+    assert probed[0]["step"] == 1
+    assert probed[0]["losses"] == probed[1]["losses"]
+    cut_after(2, noisy, cut)
+    assert train(output_dir=cut, resume_from_checkpoint="auto", **options) == 0
+    assert_same_adapter(cut, noisy)
+    assert without_times(read_lines(cut / "metrics.jsonl")) == without_times(ours)
+
+
+@pytest.mark.parametrize("flags", [("--neftune_noise_alpha=0",), ("--neftune_noise_alpha=5", "--packing=true")])
+def test_noise_that_cannot_be(flags):
+    with pytest.raises(UsageError, match=r"--neftune_noise_alpha (must be|scales its noise)"):
+        parsed(*flags)
