@@ -55,7 +55,7 @@ from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
 from ist.training.peft_config import as_json, config_key, make_peft_config
 from ist.training.plan import plan_run
-from ist.training.prepare import make_scheduler, prepare
+from ist.training.prepare import make_scheduler, prepare, require_schedule_of_rates
 from ist.training.record import (
     RunRecord,
     differing_keys,
@@ -126,6 +126,7 @@ def start(
     require_fitting(data, planned.config, planned.vocabulary)
     configuration |= {"train_rows": len(data.rows), "train_tokens": sum(map(len, data.rows["input_ids"]))}
     max_steps = total_steps(configuration)
+    require_schedule_of_rates(args, max_steps)
     if isinstance(rule, StepwiseUnmasking) and planned.layers.n_scalars:
         rule.schedule(planned.layers.n_scalars, max_steps)
     peft_config = make_peft_config(args, max_steps)
@@ -233,7 +234,9 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
 
     # ---- The loop.
     stop_agreed, clock = StopAgreement(accelerator.device), StepClock()
-    while progress.step < max_steps and not stop_agreed(progress.step, stop.signal is not None):
+    while progress.step < max_steps and not (  # the validation loss, so the early stop, is the same on all ranks
+        progress.stops_early(args.early_stopping_patience) or stop_agreed(progress.step, stop.signal is not None)
+    ):
         clock.start()
         step = progress.step
         # 1. Draw this step's layers, after the importance update where one is due.
@@ -282,7 +285,8 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
     facts |= extensions.facts() | record.remarks(checkpoints.tuner.trained_counts, progress.step)
     final = {"final_train_loss": progress.loss, "final_validation_loss": progress.validation_loss}
     monitor.require_finite(progress)
-    if progress.step < job.max_steps:
+    early = progress.step < job.max_steps and progress.stops_early(args.early_stopping_patience)
+    if progress.step < job.max_steps and not early:
         if checkpoints.saved != progress.step:
             monitor.save(progress)
         record.close("interrupted", **facts, signal=stop.signal.name if stop.signal else None)
@@ -296,7 +300,7 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
     if progress.best:
         checkpoints.load_best(progress.best["step"])
     extensions.finish()
-    record.progress(**facts, **final)
+    record.progress(**facts, **final, **({"stopped_early": progress.step} if early else {}))
     write = accelerator.is_main_process
     if job.peft_config:
         result = save_adapter(job, adapter.model, adapter(), record.summary, write)
@@ -309,7 +313,9 @@ def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) ->
         push(job.output_dir, args)
     for remark in facts.get("importance_remarks", ()):
         say(remark)
-    say(f"finished {job.max_steps} steps; the result is in {result}")
+    if early:
+        say(f"stopped early: {progress.unimproved} validations without improvement")
+    say(f"finished {progress.step} steps; the result is in {result}")
     return 0
 
 

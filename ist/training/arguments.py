@@ -9,23 +9,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass, replace
 from types import UnionType
-from typing import Any, ClassVar, Literal, get_origin
+from typing import Any, Literal, get_origin
 
 from ist.config import ConfigError, Count, ISTConfig
 from ist.selection import RULES, rule_fields
 from ist.training.command_line import UsageError, as_usage_error, parse_arguments, require
+from ist.training.keys import option
 from ist.training.packages import require_package
 from ist.training.synonyms import SYNONYMS
+from ist.training.train_arguments import TrainArguments
 
 # Accelerate's, which is not imported to name them.
 TRACKERS = ("aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
 
 # A resumed run may change the `free_keys` of each group, which say where and how it reports and saves, or change its
 # speed and memory alone; and the `content_keys`, where the digests of what they name are equal.
-
-
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -170,92 +168,11 @@ class AdapterArguments:
 
 
 @dataclass(frozen=True)
-class TrainArguments:
-    _argument_group_name = "training (names as in transformers.TrainingArguments)"
-    free_keys = (
-        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # global_batch_size stays
-        *("gradient_checkpointing", "torch_compile", "torch_compile_backend"),
-    )
-    same_values: ClassVar = {"adamw_torch_fused": "adamw_torch", "offload": "keep"}  # of the same computation
-
-    per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
-    gradient_accumulation_steps: int | None = option(
-        None, "Micro-batches per optimizer step. Default: 1, or as many as global_batch_size needs."
-    )
-    global_batch_size: int | None = option(
-        None, "Rows of an optimizer step, over all processes. Instead of gradient_accumulation_steps."
-    )
-    learning_rate: float = option(2e-4, "Peak learning rate.")
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = option("linear", "linear, cosine, constant, ...: the schedule after the warm-up.")
-    warmup_steps: float = option(100, "Steps of linear warm-up. Below 1: a share of all steps.")
-    num_train_epochs: float = option(3.0, "Passes over the rows.")
-    max_steps: int = option(-1, "Optimizer steps; -1: as num_train_epochs says.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = option(
-        "adamw_torch",
-        "adamw_torch, adamw_torch_fused, adamw_8bit or paged_adamw_8bit. The 8-bit ones are bitsandbytes'.",
-    )
-    optimizer_state: Literal["keep", "drop", "offload"] = option(
-        "keep",
-        "Moments of resting layers: keep, drop or offload. drop: they are zero when the layer is drawn again; "
-        "offload: on the CPU (but for saves).",
-    )
-    weight_decay: float = option(0.0, "AdamW's.")
-    max_grad_norm: float = option(1.0, "Clip the gradient of the trained layers; 0: do not.")
-    bf16: bool | None = option(None, "Mixed precision: autocast to bfloat16. Default: as accelerate launch says.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward. Non-reentrant.")
-    torch_compile: bool = option(False, "Compile each layer. Not the whole model: its graph changes with the draw.")
-    torch_compile_backend: str = option("inductor", "Of torch.compile.")
-
-    def __post_init__(self) -> None:
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"):
-            require(getattr(self, key) is None or getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        if self.global_batch_size and self.gradient_accumulation_steps:
-            raise UsageError(
-                f"--global_batch_size {self.global_batch_size} and --gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps} are both given: leave one out (null, where a recipe has it)."
-            )
-        for key in ("learning_rate", "num_train_epochs"):
-            require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
-        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
-            require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
-        if self.optimizer_state == "offload" and self.optim.endswith("8bit"):
-            raise UsageError(
-                f"--optimizer_state offload cannot move the state of --optim {self.optim}: use adamw_torch."
-            )
-        if self.optimizer_state == "drop" and self.optim == "paged_adamw_8bit":
-            raise UsageError(
-                "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
-            )
-        if self.optim.endswith("8bit"):
-            require_package("bitsandbytes", f"--optim {self.optim}")
-        if self.torch_compile:
-            import torch
-
-            if torch.__version__ < (2, 13):
-                raise UsageError(
-                    f"--torch_compile true needs torch 2.13 or newer; {torch.__version__} compiles wrong gradients of "
-                    "layers that are trained by turns. Leave it out."
-                )
-            backends = torch._dynamo.list_backends(exclude_tags=())
-            known = self.torch_compile_backend in backends
-            require(known, "torch_compile_backend", "one of " + ", ".join(backends), self.torch_compile_backend)
-            if self.gradient_checkpointing:
-                raise UsageError(
-                    "--torch_compile true cannot be had with --gradient_checkpointing true: the recomputation inside a "
-                    "compiled layer draws random numbers, which the compiler refuses. Leave one out."
-                )
-        if self.lr_scheduler_type == "polynomial":
-            require(self.learning_rate > 1e-7, "learning_rate", "above 1e-7, where polynomial ends", self.learning_rate)
-        require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
-
-
-@dataclass(frozen=True)
 class RunArguments:
     _argument_group_name = "run"
     free_keys = (
-        *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
+        *("output_dir", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
+        *("save_total_limit", "resume_from_checkpoint"),
         *("report_to", "run_name", "log_adapter", "log_layers", "ddp_timeout"),
         *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_base_model"),
     )
@@ -266,12 +183,24 @@ class RunArguments:
         " is WANDB_RUN_ID, or the start time.",
     )
     logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.")
+    eval_strategy: Literal["no", "steps", "epoch"] | None = option(
+        None, "When to validate: no, steps or epoch. Default: steps where eval_steps is given, else no."
+    )
     eval_steps: int | None = option(
         None, "Steps between two validations. The first and the last step are always validated."
+    )
+    save_strategy: Literal["no", "steps", "epoch"] | None = option(
+        None,
+        "When to write checkpoints: no, steps or epoch. Default: steps where save_steps is given, else no. epoch: "
+        "after the step that ends a pass over the rows, and after the last one.",
     )
     save_steps: int | None = option(None, "Steps between two checkpoints. Default: only where the run is stopped.")
     save_total_limit: int | None = option(None, "Checkpoints to keep, and the best one. Default: all.")
     load_best_model_at_end: bool = option(False, "adapter/ is that of the lowest validation loss, not the last.")
+    early_stopping_patience: int | None = option(
+        None, "End after so many validations without improvement. The first one, before any step, does not count."
+    )
+    early_stopping_threshold: float = option(0.0, "By how much more the validation loss must fall below the best.")
     resume_from_checkpoint: str = option(
         "none",
         "none, auto or a checkpoint's folder. auto: the newest whole checkpoint in output_dir; where there is none, "
@@ -310,9 +239,22 @@ class RunArguments:
             value = getattr(self, key) or "a/b"
             named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) is not None
             require(named, key, "a name on the Hub, such as user/name", value)
-        for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
+        for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "early_stopping_patience"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
+        threshold = self.early_stopping_threshold
+        require(0 <= threshold < math.inf, "early_stopping_threshold", "a finite number, 0 or more", threshold)
+        if threshold and not self.early_stopping_patience:
+            raise UsageError("--early_stopping_threshold needs --early_stopping_patience N.")
+        for name in ("eval", "save"):
+            strategy, steps = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
+            if strategy == "steps" and not steps:
+                raise UsageError(f"--{name}_strategy steps needs --{name}_steps N.")
+            if strategy in ("no", "epoch") and steps:
+                raise UsageError(
+                    f"--{name}_strategy {strategy} and --{name}_steps {steps} are both given: leave one out."
+                )
+            object.__setattr__(self, f"{name}_strategy", strategy or ("steps" if steps else "no"))
         require(1 <= self.ddp_timeout <= 10**9, "ddp_timeout", "from 1 to 10^9 seconds", self.ddp_timeout)
 
 
@@ -435,10 +377,18 @@ def _with_precision(args: Arguments) -> Arguments:
 def _require_consistent(args: Arguments) -> None:
     """Raises UsageError for keys of several groups that do not go together."""
     has_validation = bool(args.validation_file or args.validation_size)
-    for key in ("load_best_model_at_end", "eval_steps"):
+    for key in ("load_best_model_at_end", "eval_steps", "early_stopping_patience"):
         if getattr(args, key) and not has_validation:
             raise UsageError(f"--{key} needs --validation_file or --validation_size.")
-    if args.load_best_model_at_end and not args.eval_steps:
-        raise UsageError("--load_best_model_at_end needs --eval_steps.")
+    if args.eval_strategy == "epoch" and not has_validation:
+        raise UsageError("--eval_strategy epoch needs --validation_file or --validation_size.")
+    for key in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(args, key) and args.eval_strategy == "no":
+            raise UsageError(f"--{key} needs --eval_steps, or --eval_strategy epoch.")
+    if args.packing and args.neftune_noise_alpha:
+        raise UsageError(
+            "--neftune_noise_alpha scales its noise by the length of a row, --packing true makes one of many: leave "
+            "one out."
+        )
     if args.selection == "id3" and args.optim != "adamw_torch":
         raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")

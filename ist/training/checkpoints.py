@@ -39,6 +39,8 @@ class Progress:
         loss: of the last logged step.
         validation_loss: of the last validation.
         best: {step, validation_loss} of the checkpoint of lowest validation loss, where the run wants it.
+        lowest: validation loss so far, but for the one before the first step.
+        unimproved: validations since one that was lower than all before it by more than the threshold.
     """
 
     step: int = 0
@@ -46,6 +48,8 @@ class Progress:
     loss: float | None = None
     validation_loss: float | None = None
     best: dict | None = None
+    lowest: float | None = None
+    unimproved: int = 0
 
     @classmethod
     def of(cls, state: dict) -> "Progress":
@@ -54,18 +58,30 @@ class Progress:
         Raises:
             ValueError: one of its values is missing, or of another type.
         """
+        state = {"unimproved": 0, **state}  # which older ones do not have
         progress = cls(**{key.name: state.get(key.name) for key in fields(cls)})
         best = {"step": 0, "validation_loss": 0.0} if progress.best is None else progress.best
-        counts = (progress.step, progress.tokens, best["step"])
-        losses = (progress.loss or 0.0, progress.validation_loss or 0.0, best["validation_loss"])
+        counts = (progress.step, progress.tokens, progress.unimproved, best["step"])
+        losses = (progress.loss, progress.validation_loss, progress.lowest)
+        losses = (*(loss or 0.0 for loss in losses), best["validation_loss"])
         if any(type(count) is not int for count in counts) or not all(isinstance(one, (int, float)) for one in losses):
-            raise ValueError("step, tokens, loss, validation_loss or best is missing, or of another type")
+            raise ValueError("step, tokens, a loss, unimproved or best is missing, or of another type")
         return progress
 
     def advance(self, tokens: int) -> None:
         """A step is finished; its global batch had so many tokens."""
         self.step += 1
         self.tokens += tokens
+
+    def count_improvement(self, threshold: float) -> None:
+        """Of `validation_loss`; as transformers.EarlyStoppingCallback counts."""
+        loss = self.validation_loss
+        improved = self.lowest is None or self.lowest - loss > threshold
+        self.unimproved = 0 if improved else self.unimproved + 1
+        self.lowest = loss if self.lowest is None else min(self.lowest, loss)
+
+    def stops_early(self, patience: int | None) -> bool:
+        return patience is not None and self.unimproved >= patience
 
 
 class WholeAdapter:

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import errno
 import functools
+import json
 import logging
 import os
 import re
@@ -210,6 +211,7 @@ def _element(name: str, form: Form, text: str) -> Any:
         UsageError: it is not of the key's kind, or none of its choices.
     """
     if form.choices:
+        text = "no" if text == "false" and "no" in form.choices else text  # YAML reads no as false
         require(text in form.choices, name, "one of " + ", ".join(form.choices), text)
     if form.kind is bool:
         require(text.lower() in _TRUTH, name, "true or false", text)
@@ -299,6 +301,8 @@ def parse_arguments(
     texts = {}
     for name, value in _recipe(recipe).items() if recipe else ():
         key = _known_key(name, known, synonyms or {})
+        if isinstance(value, dict) and known[key].metadata.get("metavar") == "JSON":
+            value = json.dumps(value)
         texts[key] = _recipe_texts(recipe, name, value)
     texts |= _given(flags, known, synonyms or {})
     values = {name: _value(known[name], written) for name, written in texts.items()}

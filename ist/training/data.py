@@ -210,6 +210,10 @@ class GlobalBatches:
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [self._permutation(place // self.n_rows)[place % self.n_rows] for place in places]
 
+    def ends_epoch(self, steps: int) -> bool:
+        """Whether the last of so many finished steps has ended a pass over the rows."""
+        return steps * self.batch_size // self.n_rows > (steps - 1) * self.batch_size // self.n_rows
+
     def _permutation(self, epoch: int) -> list[int]:
         if epoch not in self._permutations:
             generator = seeded_generator(self.seed, epoch, "data")

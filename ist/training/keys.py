@@ -4,13 +4,18 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 WIDTH = 100
 INDENT = 36  # of the phrases in the short help: the longest key and its default stand before
+
+
+def option(default: Any, help: str) -> Any:
+    """A key with its default; the first sentence of `help` is its phrase in --help."""
+    return field(default=default, metadata={"help": help})
 
 
 class Form(NamedTuple):
@@ -112,13 +117,12 @@ def help_text(groups: Sequence[type], description: str, topics: Sequence[str]) -
             return None
     if topics:
         return "\n".join(lines)
-    lines = [f"usage: {_program()} [--config FILE.yaml] [--key value ...]", "", *textwrap.wrap(description, WIDTH)]
-    lines += ["FILE is a recipe, `key: value` lines; keys on the command line override it."]
+    lines = [f"usage: {_program()} [--config FILE.yaml] [--key value ...]", *textwrap.wrap(description, WIDTH)]
+    lines += ["FILE has `key: value` lines; the command line overrides them. A key's default stands behind it."]
     if not names:
         return "\n".join([*lines, "", *(line for key in keys.values() for line in _whole(key))])
     *others, last = names
-    lines += ["Below, a key's default stands behind it. --help GROUP and --help KEY have the whole text;"]
-    lines += [f"groups are {', '.join(others)} and {last}."]
+    lines += [f"--help KEY and --help GROUP say more; groups are {', '.join(others)} and {last}."]
     for group in groups:
         lines += ["", f"{group_name(group)}", *map(_line, fields(group))]
     return "\n".join(lines)

@@ -137,18 +137,25 @@ class Monitor:
         """`numbers`: loss and gradient norm, where they are known already."""
         args, step, last = self.job.args, progress.step, progress.step == self.job.max_steps
         improved = False
-        if self.job.data.validation and (last or (args.eval_steps and step % args.eval_steps == 0)):
+        if self.job.data.validation and (last or self._is_due(args.eval_strategy, args.eval_steps, step)):
             self.validate(progress)
+            progress.count_improvement(args.early_stopping_threshold)
             best = progress.best
             improved = args.load_best_model_at_end and (
                 best is None or progress.validation_loss < best["validation_loss"]
             )
             if improved:
                 progress.best = {"step": step, "validation_loss": progress.validation_loss}
-        if improved or (args.save_steps and step % args.save_steps == 0):
+        if improved or self._is_due(args.save_strategy, args.save_steps, step):
             if numbers is None:
                 self.reduce_and_check(progress, loss, grad_norm)
             self.save(progress)
+
+    def _is_due(self, strategy: str, every: int | None, step: int) -> bool:
+        """What is done every so many steps, or at the end of each epoch; that of a run ends an epoch too."""
+        if strategy == "epoch":
+            return step == self.job.max_steps or self.objective.stream.ends_epoch(step)
+        return bool(every) and step % every == 0
 
     def reduce_and_check(self, progress: Progress, loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
         """The step's loss and gradient norm as numbers, the same on every rank; waits for the device.

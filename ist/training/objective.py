@@ -21,6 +21,11 @@ from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError
 from ist.training.data import Data, GlobalBatches, micro_batches
 
+try:
+    from transformers.integrations import neftune_post_forward_hook
+except ImportError:  # of transformers 5.0
+    from transformers.trainer_utils import neftune_post_forward_hook
+
 Batch = dict[str, Tensor]
 
 
@@ -55,16 +60,30 @@ class Objective:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self._lengths = [len(ids) for ids in data.rows["input_ids"]]
         self._predicted = [count_predicted(labels) for labels in data.rows["labels"]]
-        self._stream = GlobalBatches(len(data.rows), args.global_batch_size, config.seed)
+        self.stream = GlobalBatches(len(data.rows), args.global_batch_size, config.seed)
         self._reducer = GradientReducer(() if self.sharded else parameters)
+        if args.neftune_noise_alpha is not None:
+            # Noise of the generator that seed_dropout seeds, so the same on resume; evaluation_mode is without it.
+            embeddings = self.unwrapped.get_input_embeddings()
+            embeddings.neftune_noise_alpha = args.neftune_noise_alpha
+            embeddings.register_forward_hook(neftune_post_forward_hook)
 
     def batches(
-        self, rows: Dataset, indices: Sequence[int], tokens: int | None = None, packing: bool | None = None
+        self,
+        rows: Dataset,
+        indices: Sequence[int],
+        tokens: int | None = None,
+        packing: bool | None = None,
+        size: int | None = None,
     ) -> Iterator[Batch]:
-        """This rank's share of `indices`, in micro-batches on its device; of each row the last `tokens`."""
+        """This rank's share of `indices`, in micro-batches of `size` rows on its device; of each row the last `tokens`.
+
+        Args:
+            packing, size: by default those of training.
+        """
         ranks = (self.accelerator.process_index, self.accelerator.num_processes)
         packing = self.args.packing if packing is None else packing
-        size, pad = self.args.per_device_train_batch_size, self.data.pad_token_id
+        size, pad = size or self.args.per_device_train_batch_size, self.data.pad_token_id
         for batch in micro_batches(rows, indices, size, *ranks, pad, tokens, packing):
             yield {key: tensor.to(self.accelerator.device) for key, tensor in batch.items()}
 
@@ -82,13 +101,13 @@ class Objective:
 
     def validation_loss(self) -> float:
         with evaluation_mode(self.unwrapped):
-            rows = self.data.validation
-            loss_sum, count = reduce_sum(self.loss_over(rows, range(len(rows))))
+            rows, size = self.data.validation, self.args.per_device_eval_batch_size
+            loss_sum, count = reduce_sum(self.loss_over(rows, range(len(rows)), None, None, size))
         return (loss_sum / count).item()
 
     def global_batch(self, step: int) -> GlobalBatch:
         """Every rank knows the whole batch, so it can divide by the batch's predicted tokens without asking."""
-        indices = self._stream.rows(step)
+        indices = self.stream.rows(step)
         tokens, predicted = (sum(counts[i] for i in indices) for counts in (self._lengths, self._predicted))
         return GlobalBatch(list(self.batches(self.data.rows, indices)), tokens, predicted)
 

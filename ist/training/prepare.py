@@ -1,5 +1,6 @@
 """The model and its optimizer as Accelerate prepares them; sharded, one rank reads the weights."""
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from transformers import AutoConfig, get_scheduler
 from ist.distributed import broadcast_from_main, from_main, of_all_ranks, require_sharded
 from ist.selection.packed_adamw import PackedAdamW
 from ist.training.arguments import Arguments
-from ist.training.command_line import UsageError
+from ist.training.command_line import UsageError, brief
 from ist.training.files import json_digest
 from ist.training.model import load_model, load_skeleton
 
@@ -32,7 +33,8 @@ def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.opt
         import bitsandbytes
 
         kinds |= {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[args.optim](parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    return kinds[args.optim](parameters, lr=args.learning_rate, **options)
 
 
 def warmup_steps(args: Arguments, max_steps: int) -> int:
@@ -41,7 +43,34 @@ def warmup_steps(args: Arguments, max_steps: int) -> int:
 
 
 def make_scheduler(args: Arguments, optimizer: torch.optim.Optimizer, max_steps: int) -> LRScheduler:
-    return get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps(args, max_steps), max_steps)
+    kwargs = json.loads(args.lr_scheduler_kwargs or "{}")
+    return get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps(args, max_steps), max_steps, kwargs)
+
+
+def require_schedule_of_rates(args: Arguments, max_steps: int) -> None:
+    """Before a model is there to be trained.
+
+    Raises:
+        UsageError: the schedule does not take these lr_scheduler_kwargs, or a learning rate is out of range.
+    """
+    given = f"--lr_scheduler_type {args.lr_scheduler_type}"
+    if args.lr_scheduler_kwargs:
+        given += f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        if args.lr_scheduler_type in ("constant", "constant_with_warmup"):  # which transformers would not tell
+            raise UsageError(f"{given}: the schedule takes no arguments; leave out --lr_scheduler_kwargs.")
+    try:
+        scheduler = make_scheduler(args, torch.optim.SGD([nn.Parameter(torch.zeros(1))], args.learning_rate), max_steps)
+        # Rounding may take the peak a little above 1.
+        steps = range(0, max_steps + 1, max(1, max_steps // 100_000))
+        wrong = [step for step in steps if not 0 <= scheduler.lr_lambdas[0](step) <= 1 + 1e-9]
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{given} cannot be used: {brief(error)}. See transformers.get_scheduler.") from error
+    if wrong:
+        rate = args.learning_rate * scheduler.lr_lambdas[0](wrong[0])
+        raise UsageError(
+            f"{given}: the learning rate after {wrong[0]} steps is {rate:g}; it must be from 0 to --learning_rate "
+            f"{args.learning_rate:g}."
+        )
 
 
 def _load_on_main(args: Arguments, peft_config: PeftConfig | None, accelerator: Accelerator) -> nn.Module:

@@ -37,7 +37,8 @@ def _divisor(number: int, most: int) -> int:
 
 
 def resolve_batches(args: Resolved, config: ISTConfig, processes: int, resumed_batch_size: int | None) -> Resolved:
-    """Set the global batch and the rows of a probe; a resumed run keeps its global batch by accumulating otherwise.
+    """Set the global batch, and the rows of a probe and of a validation's micro-batch; a resumed run keeps its global
+    batch by accumulating otherwise.
 
     Raises:
         UsageError: the rows of one micro-batch on all processes do not divide the global batch that is given, or that
@@ -59,6 +60,7 @@ def resolve_batches(args: Resolved, config: ISTConfig, processes: int, resumed_b
         )
     return Resolved.of(
         args,
+        per_device_eval_batch_size=args.per_device_eval_batch_size or args.per_device_train_batch_size,
         gradient_accumulation_steps=batch_size // round_size,
         global_batch_size=batch_size,
         probe_batch_size=config.probe_rows(batch_size),

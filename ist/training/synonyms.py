@@ -12,7 +12,6 @@ _NF4 = "leave it out: --load_in_4bit true is NF4 with double quantisation, compu
 _ATTENTION = "use --attn_implementation flash_attention_2"
 _VALIDATE = "use --eval_steps N, with --validation_file or --validation_size"
 _DATA = "use --train_file FILE ..., or --dataset_name NAME for a dataset on the Hub"
-_ADAM = "leave it out: betas are 0.9 and 0.999, epsilon is 1e-8"
 _NOT_SERVED = "it is not served; leave it out"
 
 _SAME = {
@@ -42,6 +41,7 @@ _SAME = {
     "suppression": "beta",
     "score_lr": "mu",
     "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size per_device_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accum_steps accumulation_steps",
     "learning_rate": "lr",
     "lr_scheduler_type": "lr_scheduler scheduler lr_schedule",
@@ -49,7 +49,11 @@ _SAME = {
     "num_train_epochs": "epochs num_epochs n_epochs train_epochs",
     "max_steps": "max_train_steps num_steps num_train_steps total_steps",
     "optim": "optimizer",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps adam_eps",
     "weight_decay": "wd",
+    "neftune_noise_alpha": "neft_alpha neftune_alpha noise_alpha",
     "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm gradient_clip_val",
     "gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing grad_checkpointing",
     "seed": "data_seed random_state random_seed",
@@ -60,6 +64,7 @@ _SAME = {
     "hub_model_id": "hub_repo_id repo_id hub_id",
     "output_dir": "out_dir save_dir",
     "logging_steps": "log_steps log_interval log_every",
+    "eval_strategy": "evaluation_strategy",
     "eval_steps": "eval_interval val_check_interval",
     "save_steps": "save_interval checkpointing_steps",
     "torch_compile": "compile",
@@ -96,7 +101,6 @@ _INSTEAD = {
     "cache_dir": _ENVIRONMENT.format("HF_HOME"),
     "hub_token": "log in with hf auth login, or " + _ENVIRONMENT.format("HF_TOKEN"),
     "use_liger_kernel": _NOT_SERVED,
-    "neftune_noise_alpha": _NOT_SERVED,
     # ---- Rows.
     "dataset": _DATA,
     "template": "use --prompt_template (alpaca, llm_adapters, chat, ...); with chat also --chat_template",
@@ -117,15 +121,12 @@ _INSTEAD = {
     "stage": _WITHOUT.format("this is supervised fine-tuning"),
     "do_train": _WITHOUT.format("it always trains"),
     "do_eval": _VALIDATE,
-    "eval_strategy": _VALIDATE,
     "evals_per_epoch": _VALIDATE,
-    "per_device_eval_batch_size": _WITHOUT.format("validation takes --per_device_train_batch_size rows at a time"),
-    "save_strategy": "use --save_steps N",
     "saves_per_epoch": "use --save_steps N",
     "logging_strategy": "use --logging_steps N",
-    "early_stopping_patience": "it is not served: --load_best_model_at_end true keeps the best of --eval_steps",
     "metric_for_best_model": _WITHOUT.format("--load_best_model_at_end goes by the validation loss"),
-    "adam_beta1": _ADAM,
+    "betas": "use --adam_beta1 and --adam_beta2",
+    "cosine_min_lr_ratio": "use --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}'",
     "label_smoothing_factor": _NOT_SERVED,
     "gradient_checkpointing_kwargs": _WITHOUT.format("--gradient_checkpointing true is non-reentrant"),
     # ---- Processes.
@@ -161,15 +162,13 @@ _ALIKE = {  # more names for what the right one says
     "model_type": "tokenizer_type",
     "hub_token": "hf_token token use_auth_token hf_hub_token",
     "use_liger_kernel": "enable_liger_kernel use_unsloth",
-    "neftune_noise_alpha": "neft_alpha",
     "dataset": "datasets train_dataset dataset_dir dataset_path dataset_name_or_path",
     "template": "conversation prompt_style instruction_template",
     "train_on_inputs": "train_on_prompt",
     "group_by_length": "train_sampling_strategy length_column_name",
     "dataset_streaming": "streaming",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "eval_strategy": "evaluation_strategy eval_on_start",
-    "adam_beta1": "adam_beta2 adam_epsilon betas",
+    "do_eval": "eval_on_start",
+    "betas": "adam_betas",
     "fsdp": "fsdp_config use_fsdp fsdp_version",
     "num_gpus": "n_gpu num_processes nproc_per_node",
     "device": "use_cpu no_cuda device_map",

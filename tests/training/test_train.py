@@ -18,15 +18,21 @@ from ist.sampler import seeded_generator
 from ist.training.command_line import UsageError
 from ist.training.data import GlobalBatches
 from ist.training.encoding import encode
+from ist.training.objective import neftune_post_forward_hook  # transformers' own, wherever it stands there
 
 
-def plain_peft_loop(tiny: Path, rows: list[dict], steps: int, dropout: float) -> tuple[dict, list[float]]:
+def plain_peft_loop(
+    tiny: Path, rows: list[dict], steps: int, dropout: float, neftune: float | None
+) -> tuple[dict, list[float]]:
     """Plain LoRA, written without ist's loop: (adapter by name, loss of every step)."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     model = AutoModelForCausalLM.from_pretrained(tiny)
     torch.manual_seed(42)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
+    if neftune:
+        model.get_input_embeddings().neftune_noise_alpha = neftune
+        model.get_input_embeddings().register_forward_hook(neftune_post_forward_hook)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: t / 2 if t < 2 else max(0.0, (steps - t) / (steps - 2))
@@ -53,16 +59,17 @@ def plain_peft_loop(tiny: Path, rows: list[dict], steps: int, dropout: float) ->
     return {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora" in n}, losses
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_every_layer_trained_is_plain_peft_bit_for_bit(train, tiny, rows, tmp_path, dropout):
-    expected, losses = plain_peft_loop(tiny, rows, 20, dropout)
+@pytest.mark.parametrize(("dropout", "neftune"), [(0.0, None), (0.1, None), (0.1, 5)])
+def test_every_layer_trained_is_plain_peft_bit_for_bit(train, tiny, rows, tmp_path, dropout, neftune):
+    expected, losses = plain_peft_loop(tiny, rows, 20, dropout, neftune)
     arms = {
         "all": {"selection": "all"},
         "ist": {"selection": "ist", "trained_layers": "all", "suppression": 1},
-        "other": {"selection": "random"},
+        "other": {"selection": "random"} if neftune is None else {"selection": "all", "neftune_noise_alpha": 4},
     }
     for name, options in arms.items():
-        assert train(output_dir=tmp_path / name, lora_dropout=dropout, **options) == 0
+        options = {"lora_dropout": dropout, "neftune_noise_alpha": neftune, **options}
+        assert train(output_dir=tmp_path / name, **options) == 0
         logged = [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")]
         adapter = adapter_of(tmp_path / name)
         assert adapter.keys() == expected.keys()
