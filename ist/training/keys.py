@@ -124,5 +124,5 @@ def help_text(groups: Sequence[type], description: str, topics: Sequence[str]) -
     *others, last = names
     lines += [f"--help KEY and --help GROUP say more; groups are {', '.join(others)} and {last}."]
     for group in groups:
-        lines += ["", f"{group_name(group)}", *map(_line, fields(group))]
+        lines += [f"{group_name(group)}:", *map(_line, fields(group))]  # no empty line: --help is a page
     return "\n".join(lines)
