@@ -28,7 +28,9 @@ NEEDS = {key: {"selection": [rule]} for key, rule in RULES.items()}
 NEEDS |= {key: {"push_to_hub": ["true"]} for key in ("hub_model_id", "hub_private_repo", "hub_base_model")}
 NEEDS |= {"chat_template": {"prompt_template": ["chat"]}, "keep_importance": {"adapter_name_or_path": ["x"]}}
 NEEDS |= {"dataset_config": {"dataset_name": ["d"], "train_file": []}, "dataset_name": {"train_file": []}}
+NEEDS |= {"early_stopping_threshold": {"early_stopping_patience": ["2"]}}
 VALUES = {
+    "lr_scheduler_kwargs": ['{"a": 1}'],
     **{"trained_layers": ["0.3"], "kept_layers": ["3"], "min_trained_layers": ["2"], "fixed_layers": ["1", "2"]},
     **{"id3_budget": ["all"], "report_to": ["tensorboard", "mlflow"], "torch_compile": ["false"]},
 }
@@ -65,7 +67,14 @@ def test_a_key_is_read_as_transformers_reads_it(name, tmp_path):
         *ours, _ = parse_arguments(ARGUMENTS, part, "")
         assert tuple(ours) == theirs[form], form
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({key: [*map(yaml.safe_load, values)] for key, values in given.items()}))
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                key: values if key == "lr_scheduler_kwargs" else [*map(yaml.safe_load, values)]
+                for key, values in given.items()
+            }
+        )
+    )
     *ours, _ = parse_arguments(ARGUMENTS, ["--config", str(recipe)], "")
     assert tuple(ours) == theirs["--a_b v"]
 
