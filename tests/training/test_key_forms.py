@@ -22,9 +22,11 @@ from ist.training.keys import form_of
 KEYS = {key.name: key for group in ARGUMENTS for key in fields(group)}
 BASE = {"model_name_or_path": ["m"], "train_file": ["a.json"]}
 RULES = {"lisa_interval": "lisa", "fixed_layers": "fixed", "min_trained_layers": "semantic"}
-RULES |= {"semantic_budget": "semantic", "semantic_rows": "semantic"}
+RULES |= {"semantic_budget": "semantic", "semantic_rows": "semantic", "oracle_scores": "oracle"}
+RULES |= {"gradient_norm_decay": "gradient_norm"}
 RULES |= dict.fromkeys(("id3_budget", "id3_steps", "id3_exponent", "id3_eps"), "id3")
 NEEDS = {key: {"selection": [rule]} for key, rule in RULES.items()}
+NEEDS |= {"shrink": {"score_rule": ["expected"]}}
 NEEDS |= {key: {"push_to_hub": ["true"]} for key in ("hub_model_id", "hub_private_repo", "hub_base_model")}
 NEEDS |= {"chat_template": {"prompt_template": ["chat"]}, "keep_importance": {"adapter_name_or_path": ["x"]}}
 NEEDS |= {"dataset_config": {"dataset_name": ["d"], "train_file": []}, "dataset_name": {"train_file": []}}
