@@ -198,8 +198,9 @@ def failing_disk(bench: Bench, how: str) -> dict:
 
 def stopped(bench: Bench, name: str, number: signal.Signals) -> dict:
     """A run that gets a signal after its first lines: it saves, says so, and goes on to the same end."""
-    run = bench.folder / name
+    run, ours = bench.folder / name, signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP would be ignored
     process = begun(bench, run)
+    signal.signal(number, ours)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     _, stderr = process.communicate(timeout=120)
