@@ -42,7 +42,7 @@ from ist.training.checkpoints import Checkpoints, Progress, WholeAdapter
 from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
 from ist.training.continuing import adapter_folder, base_notes, earlier_scores, require_schedule
 from ist.training.data import content_digests, prepare_data, shown_rows
-from ist.training.environment import environment, nodes_of, require_replicas
+from ist.training.environment import environment, nodes_of, require_optimizer_of_device, require_replicas
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
 from ist.training.files import WriteError, json_digest
@@ -86,6 +86,8 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours: it knows the tokens of the whole batch
     require_topology(accelerator, args.optim)
     require_replicas(accelerator)
+    if not looks_only(args):
+        require_optimizer_of_device(args.optim, accelerator)
     if args.push_to_hub and not looks_only(args):
         from_main(lambda: require_hub(args), UsageError)
     if args.adapter_name_or_path:

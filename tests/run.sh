@@ -23,8 +23,9 @@ if [ "$venv" != .venv ] && ! cmp -s $oldest "$venv/installed"; then
   .venv/bin/python -m venv "$venv"
   pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
   if [ "$venv" = .venv-oldest ]; then
-    # trl is that of the file; the other tools of the tests are the newest.
-    "${pip[@]}" -r $oldest -r <(grep -v '^trl=' tests/requirements.txt)
+    # What the file names is of its version; the other tools of the tests are the newest.
+    named=$(sed -n 's/==.*//p' $oldest | paste -sd '|')
+    "${pip[@]}" -r $oldest -r <(grep -vE "^($named)==" tests/requirements.txt)
     "${pip[@]}" --no-deps -r tests/requirements-no-deps.txt
   else
     site='import sysconfig; print(sysconfig.get_path("purelib"))'

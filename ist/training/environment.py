@@ -5,6 +5,7 @@ import platform
 import resource
 import socket
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,23 @@ def require_replicas(accelerator: Accelerator) -> None:
     Raises:
         UsageError: HSDP with a version of Accelerate that computes wrong gradients under it.
     """
-    replicas, version = replicas_of(accelerator), accelerate.__version__
-    if accelerator.distributed_type == DistributedType.FSDP and replicas > 1 and release(version) < (1, 15):
+    replicas, here = replicas_of(accelerator), accelerate.__version__
+    if accelerator.distributed_type == DistributedType.FSDP and replicas > 1 and release(here) < (1, 15):
         raise UsageError(
-            f"dp_replicate_size {replicas} needs accelerate 1.15 or newer; {version} is installed, and older versions "
+            f"dp_replicate_size {replicas} needs accelerate 1.15 or newer; {here} is installed, and older versions "
             "compute wrong gradients under HSDP: update it, or launch with accelerate_configs/fsdp2.yaml."
+        )
+
+
+def require_optimizer_of_device(optim: str, accelerator: Accelerator) -> None:
+    """
+    Raises:
+        UsageError: an 8-bit optimizer on a CPU with a version of bitsandbytes that has it on GPUs alone.
+    """
+    if optim.endswith("8bit") and accelerator.device.type == "cpu" and release(version("bitsandbytes")) < (0, 50):
+        raise UsageError(
+            f"--optim {optim} on a CPU needs bitsandbytes 0.50 or newer; {version('bitsandbytes')} is installed: "
+            "update it, or use adamw_torch."
         )
 
 

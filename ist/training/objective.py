@@ -1,7 +1,6 @@
 """The objective of a run: its batches, their loss, and the gradient, the same on any number of ranks."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,9 +123,10 @@ class Objective:
         """Of the `last` micro-batch the gradients are sent as they come, by bucket in the order of the backward."""
         if last and not self.sharded:
             self._reducer.begin(buckets)
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            # FSDP takes the mean over ranks.
-            self.accelerator.backward(loss * (self.accelerator.num_processes if self.sharded else 1))
+        if self.sharded:  # Accelerator.no_sync of Accelerate 1.10 does nothing under FSDP2
+            self.model.set_requires_gradient_sync(last)
+        # FSDP takes the mean over ranks.
+        self.accelerator.backward(loss * (self.accelerator.num_processes if self.sharded else 1))
 
     def reduce(self) -> None:
         """Now every gradient is the sum over ranks."""

@@ -65,6 +65,7 @@ def test_old_rows_give_the_tokens_that_they_gave(tokenizer, tmp_path, template, 
 TEMPLATES = ["gptoss", "qwen3", "qwen3_training", "phi3", "idefics3", "deepseekv3", "glm4moe", "gemma"]
 
 
+@pytest.mark.skipif(not chat_templates.FOLDER.is_dir(), reason="this version of trl has no folder of chat templates")
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_of_trl(tokenizer, name):
     """A sample of `python tests/support/chat_templates.py`."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, read_lines, reseal
+from support import NEEDS_8BIT_ON_CPU, ROOT, read_lines, reseal
 from support.runs import adapter_of, assert_same_adapter, cut_after, without_times
 
 from ist.training.command_line import UsageError
@@ -265,6 +265,7 @@ def test_a_last_step_that_blows_up_is_no_finished_run(train, tmp_path, options):
     assert not (tmp_path / "run/adapter").exists()
 
 
+@NEEDS_8BIT_ON_CPU
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8bit_optimizers_train_and_resume_exactly(train, tmp_path, optim):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

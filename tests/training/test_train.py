@@ -172,7 +172,7 @@ def test_gradients_of_micro_batches_add_up(tiny, rows):
     (loss, whole), (loss_in_parts, in_parts) = gradient([encoded]), gradient([[row] for row in encoded])
     assert loss == pytest.approx(loss_in_parts, abs=1e-6)
     assert whole.norm() > 0.01
-    assert (whole - in_parts).norm() < 1e-6 * whole.norm()
+    assert (whole - in_parts).norm() < 1e-5 * whole.norm()  # float32: another order of sums
 
 
 def test_best_adapter_by_validation(train, tmp_path):

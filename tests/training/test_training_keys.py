@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import read_lines
+from support import NEEDS_8BIT_ON_CPU, read_lines
 from support.runs import adapter_of, assert_same_adapter, cut_after, without_times
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, get_scheduler
 
-from ist.training import objective
+from ist.training import environment, objective
 from ist.training.arguments import Arguments, parse_training_arguments
 from ist.training.checkpoints import Progress
 from ist.training.command_line import UsageError
@@ -28,7 +28,12 @@ def parsed(*flags: str) -> Arguments:
 # ------------------------------------------------------------------------------------------------------------ AdamW
 
 ADAM = {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-2}
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "id3")
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    *(pytest.param(optim, marks=NEEDS_8BIT_ON_CPU) for optim in ("adamw_8bit", "paged_adamw_8bit")),
+    "id3",
+)
 
 
 @pytest.mark.parametrize("key", ADAM)
@@ -54,6 +59,12 @@ def test_every_optimizer_takes_the_adam_keys(optim, key):
             optimizer.step()
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, default, rtol=1e-3, atol=1e-4)  # the comparison can tell
+
+
+def test_8bit_optimizers_on_a_cpu_need_a_newer_bitsandbytes(train, monkeypatch):
+    monkeypatch.setattr(environment, "version", lambda name: "0.49.2")
+    with pytest.raises(UsageError, match=r"--optim adamw_8bit on a CPU needs bitsandbytes 0.50 or newer; 0.49.2 is"):
+        train(optim="adamw_8bit")
 
 
 @pytest.mark.parametrize("flag", ["adam_beta1=1", "adam_beta1=-0.1", "adam_beta2=nan", "adam_epsilon=0"])
