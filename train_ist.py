@@ -11,7 +11,6 @@ input, 3 stopped by a signal after saving (run again with --resume_from_checkpoi
 import math
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -39,7 +38,15 @@ from ist.selection import SelectionRule, StepwiseUnmasking, make_rule
 from ist.selection.keys import CONTROLS
 from ist.training.checkpoint import find_checkpoint, last_checkpoint
 from ist.training.checkpoints import Checkpoints, Progress, WholeAdapter
-from ist.training.command_line import UsageError, as_usage_error, brief, command, print_error, run_command
+from ist.training.command_line import (
+    UsageError,
+    as_usage_error,
+    brief,
+    command,
+    print_error,
+    print_traceback,
+    run_command,
+)
 from ist.training.continuing import adapter_folder, base_notes, earlier_scores, require_schedule
 from ist.training.data import content_digests, prepare_data, shown_rows
 from ist.training.environment import environment, nodes_of, require_optimizer_of_device, require_replicas
@@ -193,7 +200,7 @@ def run(job: Job, accelerator: Accelerator, facts: dict[str, Any], observer: Obs
         if accelerator.num_processes > 1:
             # The others may be waiting for this rank in a collective, and so would the end of the process group: say
             # what happened, and leave, so that the launcher ends them.
-            print_error(error) if told else traceback.print_exc()
+            print_error(error) if told else print_traceback(error)
             sys.stdout.flush()
             os._exit(2 if isinstance(error, UsageError) else 1)
         raise error

@@ -38,7 +38,7 @@ say "3/5 Exact answers on held-out problems, before"
 evaluate before
 
 say "4/5 Fine-tuning with IST"
-.venv/bin/accelerate launch --config_file accelerate_configs/single.yaml train_ist.py \
+.venv/bin/accelerate launch --quiet --config_file accelerate_configs/single.yaml train_ist.py \
   --config launch/recipes/demo.yaml --dtype $dtype --resume_from_checkpoint auto --output_dir "$run" \
   --train_file "$run/data/train.json" --validation_file "$run/data/validation.json" "$@"
 

@@ -43,7 +43,7 @@ for task in $tasks; do
   files+=("$data/dataset/$task/test.json")
 done
 
-$python -m accelerate.commands.launch --config_file "$config" train_ist.py --config "$file" \
+$python -m accelerate.commands.launch --quiet --config_file "$config" train_ist.py --config "$file" \
   --train_file "$data/$rows" --selection "$arm" --seed "$seed" --output_dir "runs/$name" \
   --resume_from_checkpoint auto "$@"
 if [ -d "runs/$name/model" ]; then
@@ -54,5 +54,5 @@ sys.stdout.buffer.write(os.fsencode(run["configuration"]["model_name_or_path"]))
   base=$($python -c "$read_base" "runs/$name/run.json")
   result=(--model_name_or_path "$base" --adapter "runs/$name/adapter")
 fi
-$python -m accelerate.commands.launch --config_file "$config" -m ist.evaluate "${result[@]}" \
+$python -m accelerate.commands.launch --quiet --config_file "$config" -m ist.evaluate "${result[@]}" \
   --test_file "${files[@]}" --output_dir "results/$name"

@@ -202,6 +202,7 @@ FOREIGN = {
         "config_file",
         "num_processes",
         "num_machines",
+        "quiet",
         "machine_rank",
         "main_process_ip",
         "mixed_precision",

@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -381,6 +383,14 @@ def check_command_line(parse: Callable[[Sequence[str]], Any]) -> None:
 def _code_of(main: Callable[[Sequence[str]], int]) -> int:
     _protect_streams()
     try:
+        return _result_of(main)
+    except Exception as error:
+        print_traceback(error)
+        return 1
+
+
+def _result_of(main: Callable[[Sequence[str]], int]) -> int:
+    try:
         return main(sys.argv[1:])
     except (UsageError, WriteError) as error:
         print_error(error)
@@ -406,7 +416,32 @@ def print_error(error: Exception) -> None:
     if _is_first_to_say(str(error)):
         rank = os.environ.get("RANK", "0")
         told = " ".join(str(error).splitlines())  # a name may hold a line end
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {told}", file=sys.stderr, flush=True)
+        line = f"{'' if rank == '0' else f'[rank {rank}] '}error: {told}"
+        if not _tell_launcher(line):
+            print(line, file=sys.stderr, flush=True)
+
+
+def print_traceback(error: Exception) -> None:
+    """Of what nobody expects; a launcher repeats its last line."""
+    traceback.print_exception(error)
+    _tell_launcher(f"{type(error).__name__}: {brief(error)}")
+
+
+def _tell_launcher(line: str) -> bool:
+    """Have torchrun, or accelerate launch with several processes, say it last; whether there is such a launcher.
+
+    They read a file as torch's ErrorHandler writes it, which would need torch and a traceback.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    # The first failure counts: ranks that end because of this one may be seen within the same second.
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()) - 1)}
+    try:
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+    except OSError:
+        return False
+    return True
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,6 +1,5 @@
 """The packages that are needed: the lowest versions that work, and which of them only some keys need."""
 
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -8,7 +7,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from ist.training.command_line import UsageError, markdown_table
+from ist.training.command_line import UsageError, markdown_table, print_error
 
 
 class Package(NamedTuple):
@@ -69,8 +68,7 @@ def shortcomings(names: Iterable[str]) -> str:
 def require_packages() -> None:
     """Call before torch is imported, as older versions lack what we import: one line, exit code 2."""
     if problem := shortcomings(name for name, package in PACKAGES.items() if not package.needed_by):
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node, whose versions may differ
-            print(f"error: {problem}.", file=sys.stderr)
+        print_error(UsageError(f"{problem}."))  # once on each node, whose versions may differ
         sys.exit(2)
 
 
