@@ -23,6 +23,7 @@ NOT_OF_AN_ARM = {
     *DataArguments.free_keys,
 }
 NAMES_CONTENT = {key for group in ARGUMENTS for key in getattr(group, "content_keys", ())}
+SAME_TASK = ("model_digest", "train_digest", "validation_digest")  # runs that differ in them have losses of their own
 # A name begins with these, where arms differ in them; they are named by their value alone.
 FIRST = ("model_name_or_path", "peft_method", "adapter.peft_type", "selection")
 VALUES = ("loss", "validation_loss", "step_seconds", "tokens_per_second", "tokens", "peak_memory_bytes")
@@ -102,8 +103,9 @@ class Arm:
 
     @property
     def counted(self) -> list[Run]:
-        """The runs that its numbers are of: those that are finished; all with a logged step where none is."""
-        return [run for run in self.runs if run.finished] or [run for run in self.runs if run.last_step]
+        """The runs that its numbers are of, all with a logged step: those that are finished; where none is, all."""
+        logged = [run for run in self.runs if run.last_step]
+        return [run for run in logged if run.finished] or logged
 
 
 def read_folder(folder: Path) -> Run:
@@ -126,6 +128,7 @@ def read_folder(folder: Path) -> Run:
             _require_a_curve(key, *run.series(key))
         probabilities_of(updates)
         run.facts()
+        json.dumps(record, allow_nan=False)  # no run writes NaN, and comparison.json cannot hold it
         if not isinstance(run.seed, int | None):
             raise ValueError(f"seed must be an integer; got {str(run.seed)[:60]}")
     return run
@@ -214,7 +217,7 @@ def _told(key: str, value: Any) -> str:
     if value is None:
         return f"no {key}"
     if key == "model_name_or_path":
-        return Path(value).name
+        return Path(str(value)).name
     if key in FIRST:
         return str(value)
     return f"{key} {cell(key, value)}"
@@ -238,16 +241,10 @@ def differing_settings(arms: Sequence[Arm]) -> dict[str, list[Any]]:
 
     Names of files are left out where their content is the same.
     """
-    same = {key for key in CONTENT if len({arm.settings.get(key) for arm in arms}) == 1 and key in arms[0].settings}
     hidden = NOT_OF_AN_ARM - {"train_rows", "train_tokens"}
-    if {"model_digest", "train_digest"} <= same and (
-        "validation_digest" in same or not _any(arms, "validation_digest")
-    ):
+    contents = [{str(arm.settings.get(key)) for arm in arms} for key in SAME_TASK]
+    if "train_digest" in arms[0].settings and all(len(one) == 1 for one in contents):
         hidden |= NAMES_CONTENT
     keys = dict.fromkeys(key for arm in arms for key in arm.runs[0].settings)
     found = {key: [arm.settings.get(key) for arm in arms] for key in keys if key not in hidden}
     return {key: values for key, values in found.items() if len(set(map(json.dumps, values))) > 1}
-
-
-def _any(arms: Sequence[Arm], key: str) -> bool:
-    return any(key in arm.settings for arm in arms)

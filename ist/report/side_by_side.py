@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ist.instruments import effective_layers
-from ist.report.arms import Arm, Run, cell, differing_settings
+from ist.report.arms import SAME_TASK, Arm, Run, cell, differing_settings
 from ist.report.statistics import paired
 from ist.training.command_line import markdown_table
 from ist.training.files import reading
@@ -170,8 +170,8 @@ def mean_sd(values: Sequence[float | None]) -> dict[str, float | None]:
 def _notes(arms: Sequence[Arm]) -> list[str]:
     """What keeps numbers from being compared, and what is missing, a sentence each."""
     runs, notes = [run for arm in arms for run in arm.runs], []
-    for key in ("model_digest", "train_digest", "validation_digest"):
-        if len({run.settings[key] for run in runs if key in run.settings}) > 1:
+    for key in SAME_TASK:
+        if len({str(run.settings[key]) for run in runs if key in run.settings}) > 1:
             notes.append(f"Arms differ in {CONTENT[key]} ({key}): their losses are not of the same task.")
     if len(arms) == 1:
         notes.append("One arm: its runs differ in nothing but the seed, so there is nothing to compare it with.")
@@ -205,7 +205,9 @@ def _notes_of(arm: Arm, reference: Arm) -> list[str]:
     elif not arm.counted[0].finished:
         notes.append(f"{arm.name}: no run is finished; its numbers are those of its last steps so far.")
     elif left := len(arm.runs) - len(arm.counted):
-        notes.append(f"{arm.name}: {left} of {len(arm.runs)} runs unfinished, and not in its numbers.")
+        notes.append(
+            f"{arm.name}: {left} of {len(arm.runs)} runs unfinished or without a logged step, and not in its numbers."
+        )
     shared = {run.seed for run in arm.counted} & {run.seed for run in reference.counted}
     if arm.counted and reference.counted and not shared:
         notes.append(f"{arm.name} and {reference.name} have no seed in common: no differences in pairs.")

@@ -152,6 +152,7 @@ def test_arms_are_named_by_what_they_differ_in(runs, copies):
     assert arm_names(every, ist, faster) == ["all", "ist, score_lr 100", "ist, score_lr 300"]
     moved = copies("ist-1", "moved", configuration={"model_name_or_path": "/elsewhere/tiny", "seed": 3})
     assert arm_names(ist, moved) == ["ist"]  # the same files
+    assert compared(every, moved)["settings"] == {"selection": ["all", "ist"]}
     other = copies("ist-1", "other", configuration={"model_name_or_path": "/m/big", "model_digest": "ab" * 32})
     assert arm_names(ist, other) == [Path(read_folder(ist).settings["model_name_or_path"]).name, "big"]
     (note,) = [note for note in compared(ist, other)["notes"] if "model_digest" in note]
@@ -185,7 +186,7 @@ def test_a_failed_run_is_compared_up_to_its_last_step_or_left_to_finished_ones(r
     early = compared(runs / "all-1", copies("ist-1", "early", until=2, **error))
     assert early["runs"][1]["numbers"]["validation_loss"] is None  # that of step 0 is the base model's
     assert difference(found, "ist", "training_loss")["seeds"] == [2]
-    assert "ist: 1 of 2 runs unfinished, and not in its numbers." in found["notes"]
+    assert "ist: 1 of 2 runs unfinished or without a logged step, and not in its numbers." in found["notes"]
 
 
 def test_what_is_missing_is_said(runs, copies, tmp_path, capsys):
@@ -215,6 +216,10 @@ def test_what_is_missing_is_said(runs, copies, tmp_path, capsys):
         == comparison["runs"][2]["numbers"]
     )
     assert (tmp_path / "out/comparison.png").stat().st_size > 10_000
+    (gone := copies("ist-1", "gone") / "metrics.jsonl").unlink()
+    found = compared(gone.parent, runs / "ist-2", runs / "all-1")
+    assert found["arms"][0]["seeds"] == [2]
+    assert "ist: 1 of 2 runs unfinished or without a logged step, and not in its numbers." in found["notes"]
     nothing = [copies("all-1", name, until=-1, configuration={"seed": i}) for i, name in enumerate(("no-1", "no-2"))]
     assert main([*map(str, nothing), "--output", str(tmp_path / "nothing")]) == 0
     assert (tmp_path / "nothing/comparison.png").stat().st_size > 10_000
@@ -274,6 +279,7 @@ BAD = {
     "importance": (["RUNS/all-1", "HERE/importance"], "probabilities of step 4 must be 4 numbers from 0 to 1"),
     "counts": (["RUNS/all-1", "HERE/counts"], "counts is not a run that can be compared"),
     "seed": (["RUNS/all-1", "HERE/seed"], "seed must be an integer; got [1]"),
+    "rate": (["RUNS/all-1", "HERE/rate"], "rate is not a run that can be compared: Out of range float values"),
     "no status": (["RUNS/all-1", "HERE/status"], "run.json is not that of a run: it has no status"),
     "a single run": (["RUNS/all-1", "--output_dir", "HERE/out"], "a single run is drawn in its own folder"),
     "both": (["RUNS/all-1", "RUNS/ist-1", "--results", "HERE"], "give RUN [RUN ...], or --results"),
@@ -292,10 +298,11 @@ def test_bad_input_is_one_line(runs, copies, tmp_path, name, capsys, monkeypatch
             (file.parent / "importance.jsonl").write_text('{"step": 4, "scores": [0], "probabilities": [0, 0, 0, 2]}\n')
         elif name == "no status":
             (file.parent / "run.json").write_text("{}")
-        elif name in ("counts", "seed"):
+        elif name in ("counts", "seed", "rate"):
             record = json.loads((file.parent / "run.json").read_text())
             record |= {"trained_counts": 3} if name == "counts" else {}
             record["configuration"] |= {"seed": [1]} if name == "seed" else {}
+            record["configuration"] |= {"learning_rate": math.nan} if name == "rate" else {}
             (file.parent / "run.json").write_text(json.dumps(record))
         elif name == "again":
             file.write_text(file.read_text() + first + "\n")
