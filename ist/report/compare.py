@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from ist.report.arms import read_arms
+from ist.report.figures import plot_runs
+from ist.report.side_by_side import side_by_side, side_by_side_tables
 from ist.report.statistics import interval
 from ist.selection import rule_fields
-from ist.training.command_line import PlainParser, UsageError, command, markdown_table
-from ist.training.figures import plot_importance_panels
+from ist.training.command_line import PlainParser, UsageError, command, expand_home, markdown_table
+from ist.training.figures import drawn, plot_importance_panels
 from ist.training.files import read_object, reading, write_json, write_text
+from ist.training.packages import require_package
 from ist.training.record import (
     IMPORTANCE,
     draw_importance,
@@ -135,40 +139,73 @@ def comparison_table(comparison: dict) -> str:
     return "\n".join(lines)
 
 
+def _compare_runs(folders: Sequence[Path], output_dir: Path) -> None:
+    """comparison.json, .md and .png of two or more runs."""
+    require_package("scipy", "a comparison of runs")
+    arms = read_arms(folders)
+    comparison = side_by_side(arms)
+    table = side_by_side_tables(comparison)
+    require_writable(output_dir)
+    write_json(output_dir / "comparison.json", comparison)
+    write_text(output_dir / "comparison.md", f"{table}\n")
+    print(table, "", sep="\n")
+    picture = output_dir / "comparison.png"
+    pictures = [picture] if drawn(picture, plot_runs, picture, arms) else []
+    print(*pictures, output_dir / "comparison.md", output_dir / "comparison.json", sep="\n")
+
+
+def _draw_panels(items: Sequence[str], output_dir: Path) -> Path:
+    """The heat maps of NAME=RUN_DIR side by side."""
+    runs = {}
+    for item in items:
+        name, _, folder = ("", "", item) if Path(item).is_dir() else item.partition("=")
+        runs[name or Path(folder).name] = updates = read_lines(Path(folder) / IMPORTANCE)
+        if not updates:
+            raise UsageError(f"--importance {item}: {folder} has no importance updates to draw.")
+    require_writable(output_dir)
+    with reading("--importance " + " ".join(items), "importance that can be drawn"):
+        plot_importance_panels(output_dir / "importance-panels.png", runs)
+    return output_dir / "importance-panels.png"
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     parser = PlainParser(
         prog="python -m ist.report",
-        description="Draws importance.png and loss.png of RUN_DIR from its files; or compares results of "
-        "python -m ist.evaluate: accuracy per task and arm over seeds, and in pairs the differences to all layers and "
-        "to random ones.",
+        description="One RUN: draws its importance.png and loss.png again, from its files. Two or more: lays them side "
+        "by side in comparison.png, comparison.md and comparison.json; runs that differ in nothing but the seed are an "
+        "arm, and arms are compared with that of the first RUN, in pairs of runs of the same seed. Or compares results "
+        "of python -m ist.evaluate: accuracy per task and arm over seeds, and in pairs the differences to all layers "
+        "and to random ones.",
     )
-    parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs (with a run.json)")
     parser.add_argument(
-        "--importance", nargs="+", metavar="NAME=RUN_DIR", help="runs of several tasks, drawn side by side (Figure 4)"
+        "--importance", nargs="+", metavar="NAME=RUN", help="runs of several tasks, drawn side by side (Figure 4)"
     )
     parser.add_argument("--results", nargs="+", type=Path, metavar="DIR", help="result folders to compare")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="where comparison.md and comparison.json go")
-    args = parser.parse_args(argv)
-    if sum(given is not None for given in (args.run_dir, args.results, args.importance)) != 1:
-        parser.error("give RUN_DIR, or --results DIR [DIR ...], or --importance NAME=RUN_DIR [NAME=RUN_DIR ...]")
+    parser.add_argument(
+        *("--output_dir", "--output"),
+        type=Path,
+        metavar="DIR",
+        help="where the comparison goes; of runs the default is comparison/ in the current folder",
+    )
+    args = parser.parse_intermixed_args([expand_home(text) for text in argv])  # RUN --output_dir DIR RUN
+    if sum(map(bool, (args.runs, args.results, args.importance))) != 1:
+        parser.error("give RUN [RUN ...], or --results DIR [DIR ...], or --importance NAME=RUN [NAME=RUN ...]")
     if args.importance:
         if not args.output_dir:
             parser.error("--importance needs --output_dir")
-        runs = {}
-        for item in args.importance:
-            name, _, folder = ("", "", item) if Path(item).is_dir() else item.partition("=")
-            runs[name or Path(folder).name] = updates = read_lines(Path(folder) / IMPORTANCE)
-            if not updates:
-                raise UsageError(f"--importance {item}: {folder} has no importance updates to draw.")
-        require_writable(args.output_dir)
-        with reading("--importance " + " ".join(args.importance), "importance that can be drawn"):
-            plot_importance_panels(args.output_dir / "importance-panels.png", runs)
-        print(args.output_dir / "importance-panels.png")
+        print(_draw_panels(args.importance, args.output_dir))
         return 0
-    if args.run_dir:
-        with reading(args.run_dir, "a run that can be drawn"):
-            print(draw_importance(args.run_dir), draw_loss(args.run_dir), sep="\n")
+    if len(args.runs) > 1:
+        _compare_runs(args.runs, args.output_dir or Path("comparison"))
+        return 0
+    if args.runs:
+        (run,) = args.runs
+        if args.output_dir:
+            raise UsageError(f"--output_dir {args.output_dir}: a single run is drawn in its own folder. Leave it out.")
+        with reading(run, "a run that can be drawn"):
+            print(draw_importance(run), draw_loss(run), sep="\n")
         return 0
     comparison = compare(args.results)
     print(comparison_table(comparison))

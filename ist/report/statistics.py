@@ -39,7 +39,9 @@ def paired(one: Sequence[float], two: Sequence[float]) -> dict[str, Any]:
     found = {"mean": float(differences.mean()), "sd": None, "interval": None, "seeds": len(differences)}
     if len(differences) > 1:
         found["sd"] = float(differences.std(ddof=1))
-        found["interval"] = [*map(float, stats.ttest_rel(one, two).confidence_interval())]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of differences that are nearly equal
+            found["interval"] = [*map(float, stats.ttest_rel(one, two).confidence_interval())]
     return found
 
 

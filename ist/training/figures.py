@@ -70,7 +70,7 @@ def _plot_semantic(axis: "Axes", semantic: dict) -> None:
     axis.legend(loc="lower left", fontsize="small")
 
 
-def _height(n_layers: int) -> float:
+def panel_height(n_layers: int) -> float:
     """Inches of a panel with a row for each layer."""
     return min(8.0, 2.6 + 0.055 * n_layers)
 
@@ -83,8 +83,8 @@ def _layer_axis(axis: "Axes", n_layers: int) -> None:
     axis.tick_params(axis="y", labelsize="small")
 
 
-def _probabilities(updates: Sequence[dict]) -> np.ndarray:
-    """[updates, layers].
+def probabilities_of(updates: Sequence[dict]) -> np.ndarray:
+    """[updates, layers], of lines of importance.jsonl; [0] without any.
 
     Raises:
         ValueError: not as many numbers from 0 to 1 in each update, or steps that do not increase.
@@ -104,8 +104,8 @@ def _probabilities(updates: Sequence[dict]) -> np.ndarray:
     return np.array([update["probabilities"] for update in updates], dtype=float)
 
 
-def _colours(probabilities: Sequence[np.ndarray]) -> "ScalarMappable":
-    """Centred on 0.5: from 0 to 1, or from 0.45 to 0.55 where no value is outside."""
+def colour_scale(probabilities: Sequence[np.ndarray]) -> "ScalarMappable":
+    """Of heat maps that are compared. Centred on 0.5: from 0 to 1, or from 0.45 to 0.55 where no value is outside."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -114,7 +114,8 @@ def _colours(probabilities: Sequence[np.ndarray]) -> "ScalarMappable":
     return ScalarMappable(Normalize(0.5 - half, 0.5 + half), IMPORTANCE)
 
 
-def _colour_bar(colours: "ScalarMappable", axes: "Sequence[Axes]") -> None:
+def colour_bar(colours: "ScalarMappable", axes: "Sequence[Axes]") -> None:
+    """Beside the last of the axes, which share it."""
     low, high = colours.norm.vmin, colours.norm.vmax
     bar = axes[0].figure.colorbar(colours, ax=axes, ticks=np.linspace(low, high, 5), pad=0.05, aspect=30)
     bar.set_label("sigmoid(importance)" + (f"\nonly {low:g} to {high:g}" if low else ""))
@@ -123,7 +124,7 @@ def _colour_bar(colours: "ScalarMappable", axes: "Sequence[Axes]") -> None:
     bar.ax.tick_params(labelsize="small")
 
 
-def _plot_scores(
+def plot_scores(
     axis: "Axes", updates: Sequence[dict], colours: "ScalarMappable", steps: int | None = None, kept: bool = False
 ) -> None:
     """A row for each layer, a column from each update to the next, the first one from step 0, where scores are zero.
@@ -141,7 +142,7 @@ def _plot_scores(
         axis.text(0.5, 0.5, "no importance updates in this run", ha="center", transform=axis.transAxes)
         axis.set_xlim(0, max(1, steps or 0))
         return
-    values = _probabilities(updates)
+    values = probabilities_of(updates)
     starts = [update["step"] for update in updates]
     if starts[0] > 0:
         values = np.vstack([np.full((1, values.shape[1]), np.nan if kept else 0.5), values])
@@ -238,7 +239,7 @@ def importance_figure(
     if semantic and not updates:
         columns = [["semantic", "effective"], ["counts", "legend"]]
     rows, widths = [list(row) for row in zip(*columns, strict=True)], [3.0] * (len(columns) - 1) + [1.9]
-    heights = [_height(len(counts)), 1.9]
+    heights = [panel_height(len(counts)), 1.9]
     figure = Figure(figsize=(1.1 + 2.1 * sum(widths), 0.4 + sum(heights)), layout="constrained")
     axes = figure.subplot_mosaic(rows, width_ratios=widths, height_ratios=heights)
     if semantic:
@@ -246,15 +247,15 @@ def importance_figure(
     _plot_effective(axes["effective"], updates, counts, steps)
     _plot_counts(axes["counts"], axes["legend"], counts, steps)
     if "importance" in axes:
-        probabilities = _probabilities(updates)
+        probabilities = probabilities_of(updates)
         if updates and probabilities.shape[1] != len(counts):
             raise ValueError(f"probabilities are of {probabilities.shape[1]} layers, trained_counts of {len(counts)}")
-        colours = _colours([probabilities])
+        colours = colour_scale([probabilities])
         axes["importance"].sharey(axes["counts"])
         axes["importance"].sharex(axes["effective"])
-        _plot_scores(axes["importance"], updates, colours, steps, kept)
+        plot_scores(axes["importance"], updates, colours, steps, kept)
         if updates:
-            _colour_bar(colours, [axes["importance"]])
+            colour_bar(colours, [axes["importance"]])
     said = remarks(updates[-1], len(updates), counts, steps) if updates else []
     figure.suptitle("\n".join([title, *(textwrap.fill(said[0], 88) for _ in said[:1])]))
     return figure
@@ -289,15 +290,15 @@ def importance_panels_figure(runs: dict[str, list[dict]]) -> "Figure":
     """The figure of `plot_importance_panels`, not saved."""
     from matplotlib.figure import Figure
 
-    probabilities = [_probabilities(updates) for updates in runs.values()]
+    probabilities = [probabilities_of(updates) for updates in runs.values()]
     n_layers = max(values.shape[1] for values in probabilities)
-    figure = Figure(figsize=(4.6 * len(runs) + 0.8, 0.8 + _height(n_layers)), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(runs) + 0.8, 0.8 + panel_height(n_layers)), layout="constrained")
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
-    colours = _colours(probabilities)
+    colours = colour_scale(probabilities)
     for axis, (title, updates) in zip(axes, runs.items(), strict=True):
-        _plot_scores(axis, updates, colours)
+        plot_scores(axis, updates, colours)
         axis.set_title(title)
-    _colour_bar(colours, list(axes))
+    colour_bar(colours, list(axes))
     return figure
 
 
@@ -324,13 +325,13 @@ def heat_map(scores: Sequence[Sequence[float]], steps: Sequence[int], kept: bool
 
     probabilities = 0.5 + 0.5 * np.tanh(0.5 * np.array(scores))  # the sigmoid, without overflow
     updates = [{"step": step, "probabilities": row.tolist()} for step, row in zip(steps, probabilities, strict=True)]
-    height = 0.6 + _height(probabilities.shape[1])
+    height = 0.6 + panel_height(probabilities.shape[1])
     figure = Figure(figsize=(7, height), dpi=100)
     # Margins in place of a layout that is computed, which takes twice the time, and in a training loop.
     axis = figure.subplots(gridspec_kw={"left": 0.08, "right": 0.94, "bottom": 0.55 / height, "top": 1 - 0.35 / height})
-    colours = _colours([probabilities])
-    _plot_scores(axis, updates, colours, kept=kept)
-    _colour_bar(colours, [axis])
+    colours = colour_scale([probabilities])
+    plot_scores(axis, updates, colours, kept=kept)
+    colour_bar(colours, [axis])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

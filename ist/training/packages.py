@@ -34,7 +34,9 @@ PACKAGES = {
         "0.49", "0.47 on a CPU crashes where all weights are zero", "`load_in_4bit`, 8-bit `optim`"
     ),
     "matplotlib": Package("3.7", "3.6 puts no legend outside of the axes", "pictures"),
-    "scipy": Package("1.10", "1.9 has no confidence interval of a paired t-test", "`ist.evaluate`, `ist.analyze`"),
+    "scipy": Package(
+        "1.10", "1.9 has no confidence interval of a paired t-test", "`ist.evaluate`, `ist.analyze`, `ist.report`"
+    ),
     "wandb": Package("0.31", "older ones have not been tried", "`report_to=wandb`"),
 }
 

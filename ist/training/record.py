@@ -66,7 +66,7 @@ def read_run(output_dir: Path) -> dict | None:
     return run
 
 
-def _flat(configuration: dict) -> dict:
+def flattened(configuration: dict) -> dict:
     """{"adapter": {"r": 4}} as {"adapter.r": 4}."""
     nested = {key: value for key, value in configuration.items() if isinstance(value, dict)}
     flat = {f"{key}.{inner}": value for key, values in nested.items() for inner, value in values.items()}
@@ -97,7 +97,7 @@ def differing_keys(there: dict, here: dict, longer: bool = False) -> str:
         if bool(there.get(key)) != bool(here.get(key)):
             return f"{key} ({'given' if there.get(key) else 'none'} there, the other way here)"
     steps = total_steps(there), total_steps(here)
-    there, here = _flat(there), _flat(here)
+    there, here = flattened(there), flattened(here)
     free = {key for group in ARGUMENTS for key in getattr(group, "free_keys", ())} | {"max_steps", "num_train_epochs"}
     digests = CONTENT.keys() & there.keys()
     # Names count where there are no digests; and in the message, where those differ. Before the rows are read, not yet.
@@ -171,6 +171,11 @@ def is_finished_run(output_dir: Path, configuration: dict, resume: bool, checkpo
 
 def _is_metrics(line: dict) -> bool:
     return type(line.get("step")) is int and ("loss" in line or "validation_loss" in line)
+
+
+def metrics_of(output_dir: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, each with a step and a training or validation loss."""
+    return [line for line in read_lines(output_dir / METRICS) if _is_metrics(line)]
 
 
 def _is_importance(line: dict) -> bool:
@@ -387,6 +392,6 @@ def draw_loss(output_dir: Path) -> Path:
     run = read_run(output_dir)
     if run is None:
         raise UsageError(f"{output_dir} holds no run (no {RUN}).")
-    path, lines = output_dir / LOSS_PICTURE, [line for line in read_lines(output_dir / METRICS) if _is_metrics(line)]
-    plot_loss(path, lines, f"{output_dir.name}: {run['status']}", run.get("best"))
+    path = output_dir / LOSS_PICTURE
+    plot_loss(path, metrics_of(output_dir), f"{output_dir.name}: {run['status']}", run.get("best"))
     return path

@@ -1,6 +1,7 @@
 """Lines of a panel are told apart with deuteranopia, and without colour."""
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from ist.analyze.results import draw
-from ist.report.figures import plot_arms
+from ist.report.arms import Arm, Run
+from ist.report.figures import plot_arms, plot_runs
 
 # Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
 # Table 1: deuteranomaly of severity 1.0, on linear RGB.
@@ -53,15 +55,39 @@ def arm(loss: float) -> dict:
     return {"runs": [{"validation": [[0, 2.0], [5, loss]]}], "step_seconds": 1.0, "bytes": sizes}
 
 
-def test_arms_differ_in_colour_or_dashes_and_beyond_eight_are_grey(tmp_path, monkeypatch):
-    arms = {str(i): arm(1 + i / 20) for i in range(20)}
-    panels = lines_of(monkeypatch, plot_arms, tmp_path / "arms.png", arms)
-    assert [len(panel) for panel in panels] == [20, 20]
+def run_arm(name: str, loss: float) -> Arm:
+    """One finished run with importance."""
+    lines = [{"step": 0, "validation_loss": 2.0}]
+    lines += [{"step": step, "loss": loss / step, "step_seconds": 1.0} for step in range(1, 30)]
+    lines += [{"step": 30, "validation_loss": loss}]
+    updates = [{"step": 9, "probabilities": [0.4, 0.6], "effective_layers": loss}]
+    return Arm(name, [Run(Path(name), {"status": "finished"}, {"seed": 1}, lines, updates, 0)], {})
+
+
+ARMS = {
+    "an experiment": (plot_arms, {str(i): arm(1 + i / 20) for i in range(20)}, 2),
+    "runs": (plot_runs, [run_arm(str(i), 1 + i / 20) for i in range(20)], 5),  # losses, effective layers
+}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_arms_differ_in_colour_or_dashes_and_beyond_eight_are_grey(tmp_path, monkeypatch, name):
+    plot, arms, count = ARMS[name]
+    panels = lines_of(monkeypatch, plot, tmp_path / "arms.png", arms)
+    assert [len(panel) for panel in panels] == [20] * count
     for panel in panels:
         coloured, rest = panel[:8], panel[8:]
         assert all(told_apart(one, two) for one, two in combinations(coloured, 2))
         assert len({line.get_marker() for line in coloured}) == 8  # without colour too
         assert {(line.get_color(), line.get_marker()) for line in rest} == {("0.7", "")}
+
+
+def test_the_legend_says_how_many_arms_are_grey(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: (drawn.append(self), save(self, *a, **kw)))
+    plot_runs(tmp_path / "arms.png", ARMS["runs"][1])
+    (legend,) = [legend for part in drawn[0].subfigs for legend in part.legends]
+    assert [text.get_text() for text in legend.get_texts()] == [*map(str, range(8)), "grey: 12 more arms"]
 
 
 def test_lines_of_an_analysis_differ(tmp_path, monkeypatch):

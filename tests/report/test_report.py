@@ -248,7 +248,7 @@ def test_results_that_cannot_be_compared(tmp_path, capsys):
     with pytest.raises(UsageError, match="holds no finished evaluation"):
         compare([tmp_path / "nowhere"])
     for argv in ([], [str(one), "--results", str(two)]):
-        with pytest.raises(UsageError, match="give RUN_DIR, or --results"):
+        with pytest.raises(UsageError, match=r"give RUN \[RUN \.\.\.\], or --results"):
             main(argv)
 
 

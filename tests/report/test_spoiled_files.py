@@ -28,6 +28,7 @@ def files(tmp_path):
     (run / "run.json").write_text(json.dumps(record))
     (run / "importance.jsonl").write_text(json.dumps(LINE) + "\n")
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    shutil.copytree(run, folder / "other")
     out = folder / "results"
     out.mkdir()
     summary = {"tasks": {"boolq": {}}, "training": {"configuration": settings}}
@@ -47,6 +48,11 @@ def commands(files) -> dict[str, tuple]:
     return {
         "run.json": (report, [files / "run"], files / "run/run.json"),
         "run's importance": (report, [files / "run"], files / "run/importance.jsonl"),
+        "one of two runs": (
+            report,
+            [files / "run", files / "other", "--output", files / "out"],
+            files / "other/run.json",
+        ),
         "importance.jsonl": (
             *(report, ["--importance", files / "run", "--output_dir", files / "out"]),
             files / "run/importance.jsonl",
@@ -58,7 +64,15 @@ def commands(files) -> dict[str, tuple]:
     }
 
 
-KINDS = ["run.json", "run's importance", "importance.jsonl", "summary.json", "answers", "experiment.json"]
+KINDS = [
+    "run.json",
+    "one of two runs",
+    "run's importance",
+    "importance.jsonl",
+    "summary.json",
+    "answers",
+    "experiment.json",
+]
 KINDS += ["a run's results"]
 # A run without (whole) updates of importance has a picture without them.
 WITHOUT = {"empty", "cut", "latin-1", "no JSON", "a list", "a number", "null", "deep", "binary", "dangling", "gone"}
@@ -124,7 +138,7 @@ def test_a_summary_with_other_values_is_one_line(files, changes, capsys, monkeyp
 
 
 OPTIONS = {
-    "nothing": (report, [], "give RUN_DIR"),
+    "nothing": (report, [], "give RUN [RUN ...]"),
     "no such key": (report, ["--nowhere", "x"], "unrecognized arguments: --nowhere"),
     "a file for a run": (report, ["RUN/run.json"], "run.json"),
     "panels without a place": (report, ["--importance", "RUN"], "--importance needs --output_dir"),
@@ -161,7 +175,8 @@ def test_a_full_and_a_read_only_disk_are_one_line(files, options, capsys, monkey
     try:
         if options != "ro":
             (disk / "filled").write_bytes(b"x" * 4096)
-        for argv in (["--results", files / "results"], ["--importance", files / "run"]):
+        runs = [files / "run", files / "other"]
+        for argv in (["--results", files / "results"], ["--importance", files / "run"], runs):
             line = ends_in_one_line(report, [*argv, "--output_dir", disk], capsys, monkeypatch)
             assert str(disk) in line and ("No space left" in line or "Read-only" in line)
         assert {path.name for path in disk.iterdir()} <= {"filled"}
