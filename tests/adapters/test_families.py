@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+import yaml
 from peft import LoraConfig, get_peft_model
-from support import families
+from support import families, reset_accelerate
 from support.documents import published
 from transformers import (
     AutoModelForCausalLM,
@@ -18,12 +19,14 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+import train_ist
 from ist.adapters.targets import default_target_modules
 from ist.config import ConfigError
 from ist.layers import LayerMap, outside_decoder
 from ist.training.arguments import parse_training_arguments
 from ist.training.model import free_base_weights, plan_layers
 from ist.training.peft_config import make_peft_config
+from ist.training.word_problems import arithmetic_rows
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -101,10 +104,16 @@ TWINS = {  # the published models' architectures and depths, narrow
     "bigscience/bloomz-7b1": ("BLOOM", 30),
     "meta-llama/Meta-Llama-3-8B": ("Llama", 32),
 }
+TODAY = {  # recipe -> family, {N_L, N_u, N_v}; the depths are those of the published configurations
+    "llama3_1_8b_lora_chat": ("Llama", (32, 8, 16)),
+    "qwen3_8b_lora_chat": ("Qwen3", (36, 9, 18)),
+    "gemma3_4b_lora_chat": ("Gemma 3 with vision", (34, 9, 17)),
+    "llama3_1_70b_qlora_chat": ("Llama", (80, 20, 40)),
+}
 
 
 def test_every_recipe_is_tested():
-    assert {path.stem for path in (families.ROOT / "launch/recipes").glob("*.yaml")} == {*RECIPES, "demo"}
+    assert {path.stem for path in (families.ROOT / "launch/recipes").glob("*.yaml")} == {*RECIPES, *TODAY, "demo"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -128,6 +137,37 @@ def test_recipe(name, tmp_path, monkeypatch):
     assert args.learning_rate == {"math": 1e-4, "lisa": 1e-5}.get(next(filter(name.count, ("math", "lisa")), ""), 2e-4)
     assert args.global_batch_size == 16
     assert args.load_best_model_at_end
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_recipe_of_todays_models(name, tmp_path):
+    """Two steps of it on a narrow twin of the model's depth, on chat rows."""
+    family, counts = TODAY[name]
+    rows = [
+        {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]}
+        for row in arithmetic_rows(20, seed=1, held_out=False)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    families.build(family, tmp_path / "model", n_layers=counts[0])
+    recipe = yaml.safe_load((families.ROOT / f"launch/recipes/{name}.yaml").read_text())
+    twin = {"model_name_or_path": str(tmp_path / "model"), "train_file": str(tmp_path / "rows.json")}
+    recipe = {key: value for key, value in recipe.items() if key != "dataset_name"} | twin
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "validation_size": 4}))
+    flags = (
+        f"--output_dir={tmp_path / 'run'}",
+        "--report_to=none",
+        "--max_steps=2",
+        "--save_steps=2",
+        "--eval_steps=2",
+    )
+    reset_accelerate()
+    assert train_ist.main(["--config", str(tmp_path / "recipe.yaml"), *flags]) == 0
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert tuple(run["layer_counts"].values())[:3] == counts
+    assert len({name.rpartition(".")[0] for name in run["layers"]}) == 1  # the decoder's, not a tower's
+    adapted = {name.rpartition(".")[2] for name in run["configuration"]["target_modules"]}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert run["configuration"]["load_in_4bit"] == ("qlora" in name)
 
 
 @pytest.mark.parametrize("selection", ["all", "random"])

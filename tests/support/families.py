@@ -79,9 +79,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def build(name: str, folder: Path) -> None:
+def build(name: str, folder: Path, n_layers: int = N_LAYERS) -> None:
     """A tiny random model of the family, with a tokenizer."""
     config_class, values = FAMILIES[name]
+    if "text_config" in values:
+        values = {**values, "text_config": {**values["text_config"], "num_hidden_layers": n_layers}}
+    elif n_layers != N_LAYERS:
+        values = {**values, "num_hidden_layers": n_layers}
     make_tiny(folder, arithmetic_rows(60, seed=1, held_out=False))  # its tokenizer stays
     config = getattr(transformers, config_class)(**values)
     mapping = transformers.AutoModelForCausalLM
