@@ -104,7 +104,9 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if (self.train_file is None) == (self.dataset_name is None):
-            raise UsageError("give --train_file FILE or --dataset_name NAME, and not both.")
+            raise UsageError(
+                "give --train_file FILE or --dataset_name NAME, and not both (over a recipe: --dataset_name None)."
+            )
         if self.validation_file and self.validation_size:
             raise UsageError("give --validation_file or --validation_size, not both.")
         size = self.validation_size

@@ -153,13 +153,8 @@ def test_recipe_of_todays_models(name, tmp_path):
     twin = {"model_name_or_path": str(tmp_path / "model"), "train_file": str(tmp_path / "rows.json")}
     recipe = {key: value for key, value in recipe.items() if key != "dataset_name"} | twin
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "validation_size": 4}))
-    flags = (
-        f"--output_dir={tmp_path / 'run'}",
-        "--report_to=none",
-        "--max_steps=2",
-        "--save_steps=2",
-        "--eval_steps=2",
-    )
+    flags = [f"--output_dir={tmp_path / 'run'}", "--report_to=none", "--per_device_train_batch_size=16"]
+    flags += [f"--{key}=2" for key in ("max_steps", "save_steps", "eval_steps")]
     reset_accelerate()
     assert train_ist.main(["--config", str(tmp_path / "recipe.yaml"), *flags]) == 0
     run = json.loads((tmp_path / "run/run.json").read_text())

@@ -83,9 +83,11 @@ def test_a_key_is_read_as_transformers_reads_it(name, tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("launch/recipes/*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_is_read_as_transformers_reads_it(recipe):
-    more = ["--train_file", "a.json", "--seed", "3"]
+    values = yaml.safe_load(recipe.read_text())
+    more = ["--dataset_name", "other/rows"] if "dataset_name" in values else ["--train_file", "a.json"]
+    more += ["--seed", "3"]
     flags = []
-    for key, value in yaml.safe_load(recipe.read_text()).items():
+    for key, value in values.items():
         flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     theirs = as_transformers_reads(flags + more)
     *ours, named = parse_arguments(ARGUMENTS, ["--config", str(recipe), *more], "")
