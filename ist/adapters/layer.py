@@ -20,8 +20,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         ValueError: the base layer is not linear.
     """
 
-    other_param_names = ("dropout", "non_linearity", "scaling")
-
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         from transformers.pytorch_utils import Conv1D
 
@@ -36,7 +34,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"target_modules must name linear layers; got a {type(base).__name__}")
         for container in self.adapter_layer_names:
             setattr(self, container, nn.ModuleDict())
-        self.dropout, self.non_linearity = nn.ModuleDict(), nn.ModuleDict()
+        for container in self.other_param_names[:2]:
+            setattr(self, container, nn.ModuleDict())
         self.scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -59,16 +58,19 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(up.weight)
         for container, linear in zip(self.adapter_layer_names, (down, up), strict=True):
             getattr(self, container)[adapter_name] = linear
-        self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.non_linearity[adapter_name] = ACT2FN[config.non_linearity]
+        dropout, non_linearity = (getattr(self, container) for container in self.other_param_names[:2])
+        dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        non_linearity[adapter_name] = ACT2FN[config.non_linearity]
         self.scaling[adapter_name] = config.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def response(self, adapter_name: str, h: Tensor) -> Tensor:
         down, up = (getattr(self, container)[adapter_name] for container in self.adapter_layer_names)
-        h = self.dropout[adapter_name](self._cast_input_dtype(h, down.weight.dtype))
-        return up(self.non_linearity[adapter_name](down(h))) * self.scaling[adapter_name]
+        dropout, non_linearity = (getattr(self, container)[adapter_name] for container in self.other_param_names[:2])
+        return (
+            up(non_linearity(down(dropout(self._cast_input_dtype(h, down.weight.dtype))))) * self.scaling[adapter_name]
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = result = self.base_layer(x, *args, **kwargs)
@@ -93,6 +95,7 @@ class SeriesLayer(BottleneckLayer):
     """After the module: h = m(x) (Eq. 13)."""
 
     adapter_layer_names = ("series_adapter_down", "series_adapter_up")
+    other_param_names = ("series_adapter_dropout", "series_adapter_non_linearity", "scaling")
 
     @property
     def hidden_features(self) -> int:
@@ -106,6 +109,7 @@ class ParallelLayer(BottleneckLayer):
     """In parallel with the module: h = x (Eq. 11)."""
 
     adapter_layer_names = ("parallel_adapter_down", "parallel_adapter_up")
+    other_param_names = ("parallel_adapter_dropout", "parallel_adapter_non_linearity", "scaling")
 
     @property
     def hidden_features(self) -> int:

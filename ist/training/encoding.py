@@ -63,8 +63,11 @@ def load_tokenizer(
     require_no_pipes(f"--{key} {name}", Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        ids = tokenizer("The answer is 12.", add_special_tokens=False)["input_ids"]
     except Exception as error:
         raise UsageError(f"--{key} {name} has no tokenizer: {brief(error)}") from error
+    if {*ids} <= {*tokenizer.all_special_ids}:  # transformers 5.0 makes one from nothing
+        raise UsageError(f"--{key} {name} has no tokenizer: it has no token for any text.")
     if chat_template:
         tokenizer.chat_template = _read_chat_template(chat_template)
     if template == "chat" and not tokenizer.chat_template:

@@ -100,8 +100,9 @@ def writing(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) or "(os error " in str(error):
-            told = re.search(r"([^:]+) \(os error [0-9]+\)", str(error))
+        told = re.search(r"([^:]+) \(os error [0-9]+\)", str(error))
+        told = told or re.search(r'Os \{ code: [0-9]+,.* message: "([^"]+)', str(error))  # safetensors 0.4
+        if isinstance(error, OSError) or told:
             reason = getattr(error, "strerror", None) or (told[1].strip() if told else " ".join(str(error).split()))
             raise WriteError(f"{path} cannot be written: {reason}") from error
         raise

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
@@ -44,6 +45,8 @@ def test_two_ranks_train_as_one_process(work, topology):
 
 @pytest.mark.parametrize("name", ["Prompt tuning", "Prefix tuning", "P-tuning", "LLaMA-Adapter", "Shadow", "UniLoRA"])
 def test_methods_without_a_response_per_layer_are_refused_in_one_line(work, name):
+    if method_table.METHODS[name].get("peft_type", "") not in peft.PeftType.__members__:
+        pytest.skip(f"this version of PEFT has no {name}")
     refusal = methods.one_process(work, name)["refused"]
     assert "\n" not in refusal
     assert "no layer" in refusal

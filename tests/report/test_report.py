@@ -26,7 +26,7 @@ def test_offline_wandb_holds_every_number(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     options = arguments(report_to="wandb", run_name="trial", validation_size=8, eval_steps=10, max_steps=10)
     subprocess.run([sys.executable, str(ROOT / "train_ist.py"), *options], check=True, cwd=ROOT, timeout=240)
-    (offline,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    *_, offline = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     command = [sys.executable, "-m", "wandb", "leet", "inspect", str(offline), "--summary", "--json"]
     inspected = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     summary, config = inspected["summary"], inspected["config"]

@@ -155,7 +155,7 @@ def test_one_process_ddp_and_fsdp2_unmask_the_same(work, topologies, name):
 def test_a_sharded_checkpoint_in_mid_schedule_resumes_on_one_process(work, topologies, tmp_path, name):
     one, sharded = work / "one" / rules.slug(name), work / "fsdp2" / rules.slug(name)
     rules.train(work, name, tmp_path / "run", 4, resume_from_checkpoint=sharded / "checkpoints/step_000010")
-    assert unmasked_at(tmp_path / "run", 20) == unmasked_at(one, 20)
+    assert share_of_same(unmasked_at(tmp_path / "run", 20), unmasked_at(one, 20)) >= 0.999  # as above
     losses, expected = (
         [line["loss"] for line in read_lines(r / "metrics.jsonl") if "loss" in line] for r in (tmp_path / "run", one)
     )

@@ -106,11 +106,15 @@ def reseal(folder: Path, state: dict) -> None:
 
 
 def offline_records(run: Path) -> list[list[dict]]:
-    """The records of an offline W&B run, one for each time that it was started, as wandb reads them back."""
+    """The records of an offline W&B run, one for each time that it was started, as wandb reads them back.
+
+    Accelerate 1.10 starts W&B twice when it is offline; nothing is logged to the first.
+    """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
     files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
     printed = [subprocess.run([*command, file], check=True, capture_output=True, text=True).stdout for file in files]
-    return [[json.loads(line) for line in text.splitlines()] for text in printed]
+    records = [[json.loads(line) for line in text.splitlines()] for text in printed]
+    return [record for record in records if of_type(record, "history")]
 
 
 def of_type(record: list[dict], kind: str) -> list[dict]:

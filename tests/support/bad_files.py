@@ -42,7 +42,9 @@ def ends_in_one_line(
         run_command(main)
     said = capsys.readouterr()
     assert left.value.code in codes, (left.value.code, said.out)
-    text = re.sub(r"Loading weights.*?(it/s\]|\r|$)", "", said.err)  # a bar of transformers'
+    text = re.sub(
+        r"Loading weights.*?(it/s(, Materializing param=[\w.]+)?\]|\r|$)", "", said.err
+    )  # a bar of transformers'
     lines = [line for line in text.splitlines() if line.strip() and not line.endswith("is left out.")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > 20, said.err
     return lines[0]

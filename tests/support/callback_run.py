@@ -27,7 +27,9 @@ IST = {"update_interval": 4, "score_lr": 1000, "trained_layers": 1, "probe_batch
 
 
 def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
-    return collate([row["input_ids"] for row in rows], [row["labels"] for row in rows], pad_token_id=0)
+    batch = collate([row["input_ids"] for row in rows], [row["labels"] for row in rows], pad_token_id=0)
+    batch["labels"][:, 0] = -100  # never predicted; transformers 5.0 counts it
+    return batch
 
 
 def in_order(trainer_class: type[Trainer]) -> type[Trainer]:

@@ -65,7 +65,12 @@ def test_old_rows_give_the_tokens_that_they_gave(tokenizer, tmp_path, template, 
 TEMPLATES = ["gptoss", "qwen3", "qwen3_training", "phi3", "idefics3", "deepseekv3", "glm4moe", "gemma"]
 
 
-@pytest.mark.skipif(not chat_templates.FOLDER.is_dir(), reason="this version of trl has no folder of chat templates")
+NEEDS_TEMPLATES = pytest.mark.skipif(
+    not chat_templates.FOLDER.is_dir(), reason="this version of trl has no folder of chat templates"
+)
+
+
+@NEEDS_TEMPLATES
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_of_trl(tokenizer, name):
     """A sample of `python tests/support/chat_templates.py`."""
@@ -183,6 +188,7 @@ def test_documents(tokenizer):
         encode({"text": "Once."}, "alpaca", tokenizer, 99, True)
 
 
+@NEEDS_TEMPLATES
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "phi3", "deepseekv3", "idefics3"])
 def test_without_a_mask_nothing_is_split(tiny, name):
     """A template that rewrites earlier turns, or shows reasoning in the last one alone, is rendered as it is."""
@@ -230,6 +236,7 @@ def test_processes_make_no_difference(tokenizer, tmp_path):
     assert encode_rows(rows, "train_file", "chat", tokenizer, 99, True, workers=2)[0].to_list() == one
 
 
+@NEEDS_TEMPLATES
 def test_chat_templates_by_file_and_by_name(tiny, tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     read = load_tokenizer("model_name_or_path", str(tiny), "chat", str(tmp_path / "mine.jinja"))

@@ -7,6 +7,9 @@ from support import read_lines
 
 from ist.training import extensions
 from ist.training.command_line import UsageError
+from ist.training.packages import release
+
+NEEDS_COMPILER = pytest.mark.skipif(release(torch.__version__) < (2, 13), reason="torch_compile needs torch 2.13")
 
 
 def adapter(run):
@@ -110,8 +113,18 @@ def test_compiled_layers_have_four_graphs_at_most_and_probes_are_seen(train, tmp
     [
         ({"optimizer_state": "offload", "optim": "adamw_8bit"}, "--optimizer_state offload cannot move the state of"),
         ({"optimizer_state": "drop", "optim": "paged_adamw_8bit"}, "--optimizer_state drop cannot free the pages of"),
-        ({"torch_compile": True, "torch_compile_backend": "x"}, "--torch_compile_backend must be one of .*; got x"),
-        ({"torch_compile": True, "gradient_checkpointing": True}, "--torch_compile true cannot be had with"),
+        pytest.param(
+            *(
+                {"torch_compile": True, "torch_compile_backend": "x"},
+                "--torch_compile_backend must be one of .*; got x",
+            ),
+            marks=NEEDS_COMPILER,
+        ),
+        pytest.param(
+            {"torch_compile": True, "gradient_checkpointing": True},
+            "--torch_compile true cannot be had with",
+            marks=NEEDS_COMPILER,
+        ),
     ],
 )
 def test_bad_input(train, options, message):
