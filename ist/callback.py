@@ -157,10 +157,12 @@ class ISTCallback(TrainerCallback, ExportableState):
 
     def _hold(self) -> None:
         """Let no other layers train before the next step begins: where PEFT's `disable_adapter` ends, with which TRL's
-        trainers compute the reference's log-probabilities, every adapter is set to train."""
-        for i, (modules, parameters) in enumerate(
-            zip(self.tuner.layers.modules, self.tuner.layers.parameters, strict=True)
-        ):
+        trainers compute the reference's log-probabilities, every adapter is set to train. They also turn gradient
+        checkpointing off and on, which brings its hooks on the embedding back."""
+        layers, model = self.tuner.layers, self.tuner.model
+        embedding = model.get_input_embeddings()
+        self._holds.append(embedding.register_forward_pre_hook(lambda *_: drop_input_grad_hooks(model)))
+        for i, (modules, parameters) in enumerate(zip(layers.modules, layers.parameters, strict=True)):
             own = {id(parameter) for parameter in parameters}
             for module in modules:  # not on the layer, whose hooks gradient checkpointing leaves out in the backward
                 adapter = [parameter for parameter in module.parameters() if id(parameter) in own]
@@ -231,10 +233,11 @@ class TrainerLoss:
         trainer = self._copy()
         inputs = trainer._prepare_inputs(dict(batch["inputs"]))
         count = predicted_tokens(model, inputs) if _by_tokens(inputs) else batch["rows"]
+        drop_input_grad_hooks(model)  # they and the flags: as `_hold` does for training
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs)
-        for parameter, flag in flags:  # a reference's log-probabilities let every adapter train, see `_hold`
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
         return (loss.double() * count if count else torch.zeros_like(loss)), count
 

@@ -16,8 +16,27 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from support import ROOT, read_lines, reset_accelerate, warm_python
 from support.callback_run import preference
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from ist import ISTCallback, ISTConfig
 from ist.probe import probe_rows
@@ -35,7 +54,7 @@ def columns(kind: str, rows: list[dict]) -> Dataset:
     match kind:
         case "sft":
             return Dataset.from_dict({"prompt": prompts, "completion": answers})
-        case "dpo":
+        case "dpo" | "reward":
             return Dataset.from_dict({"prompt": prompts, "chosen": answers, "rejected": others})
         case "kto":
             right = [i % 3 > 0 for i in range(len(rows))]
@@ -48,6 +67,7 @@ TRAINERS = {
     "sft": (SFTTrainer, SFTConfig, {}),
     "dpo": (DPOTrainer, DPOConfig, {}),
     "kto": (KTOTrainer, KTOConfig, {}),
+    "reward": (RewardTrainer, RewardConfig, {}),
     "grpo": (GRPOTrainer, GRPOConfig, {"beta": 0.1, "num_generations": 4, "max_completion_length": 8,
                                        "reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]}),
 }  # fmt: skip
@@ -66,7 +86,11 @@ def make(kind, tiny, rows, folder, callback=None, model=None, dataset=None, **op
     if model is None:
         functions.setdefault("peft_config", peft_config())
         set_seed(42)
-        model = AutoModelForCausalLM.from_pretrained(tiny)
+        if kind == "reward":
+            model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+            functions["peft_config"].task_type = "SEQ_CLS"
+        else:
+            model = AutoModelForCausalLM.from_pretrained(tiny)
     return trainer_class(
         model=model,
         args=config_class(output_dir=str(folder), **(arguments | own)),
@@ -101,6 +125,13 @@ class Watch(TrainerCallback):
     def _weights(self) -> list[list[torch.Tensor]]:
         return [[p.detach().clone() for p in layer] for layer in self.callback.tuner.layers.parameters]
 
+    def on_train_begin(self, *args, **kwargs):
+        self.callback.tuner.layers.blocks[0].register_forward_pre_hook(self.see)
+
+    def see(self, layer, args):
+        """The backward ends at the lowest layer that trains, and not at the embeddings."""
+        assert not (torch.is_grad_enabled() and args[0].requires_grad)
+
     def on_step_begin(self, *args, **kwargs):
         self.before = self._weights()
 
@@ -119,6 +150,8 @@ def train_watched(trainer, callback) -> list[list[int]]:
     watch = Watch(callback)
     trainer.add_callback(watch)
     trainer.train()
+    watched = callback.tuner.layers.blocks[0]
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules() if module is not watched)
     for with_gradient, changed, drawn in watch.steps:
         assert with_gradient == changed == drawn
     return [drawn for *_, drawn in watch.steps]
@@ -157,6 +190,7 @@ CASES = {
     "dpo of an adapter": ("dpo", {"max_steps": 8, "learning_rate": 1e-3}),
     "dpo, computed before": ("dpo", {"precompute_ref_log_probs": True, "max_steps": 5}),
     "kto": ("kto", {"per_device_eval_batch_size": 2}),
+    "reward": ("reward", {"max_steps": 8}),
 }
 
 
