@@ -6,6 +6,7 @@ named.
 Writes FOLDER/rank<r>.json: the layers trained at each step, the scores and the losses.
 """
 
+import gc
 import json
 import os
 import sys
@@ -102,5 +103,10 @@ if __name__ == "__main__":
         "scores": callback.tuner.rule.scores.tolist(),
     }
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
-    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer leaves while the group is up
-    trainer.accelerator.end_training()
+    # gloo aborts a rank whose peer leaves while the group is up: all meet, then the group goes, with DDP that holds it.
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    del trainer, callback
+    gc.collect()
+    accelerator.end_training()
