@@ -78,6 +78,7 @@ def preference(folder: Path, batch_size: int, probe_batch_size: int = 5) -> tupl
     """Of 5 probe rows two ranks make 6: a batch of two rows each, and one of one row each."""
     from trl import DPOConfig, DPOTrainer
 
+    set_seed(42)  # older versions of TRL make the adapter without a seed
     targets = ["q_proj", "v_proj", "down_proj"]
     trainer = in_order(DPOTrainer)(
         model=AutoModelForCausalLM.from_pretrained(folder / "tiny"),
