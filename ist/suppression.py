@@ -24,6 +24,9 @@ class RowsMixed(ValueError):
 def suppress(modules: Iterable[BaseTunerLayer], gate: float | Tensor, length: int = 1) -> Iterator[None]:
     """Within the context, the response of each PEFT module is multiplied by `gate`: 1 full, 0 that of its base layer.
 
+    It is the response of the adapters that are active when the context begins: a forward with others, as that of DPO's
+    reference, is whole.
+
     Exact at both ends, bit for bit. The hooks go when the context ends, by an exception as well.
 
     Args:
@@ -49,6 +52,7 @@ def _gate(module: BaseTunerLayer, gate: float | Tensor, length: int) -> list[Rem
     if module.merged:
         raise ValueError("an adapter is merged into its base layer; unmerge it before measuring importance")
     base_calls: list[tuple[Tensor | None, Tensor, int]] = []
+    active = list(module.active_adapters)
 
     def forget(module: nn.Module, args: tuple) -> None:
         base_calls.clear()
@@ -56,7 +60,10 @@ def _gate(module: BaseTunerLayer, gate: float | Tensor, length: int) -> list[Rem
     def capture(base_layer: nn.Module, args: tuple, output: Tensor) -> None:
         base_calls.append((args[0] if args else None, output, output._version))
 
-    def interpolate(module: BaseTunerLayer, args: tuple, kwargs: dict, adapted: Tensor) -> Tensor:
+    def interpolate(module: BaseTunerLayer, args: tuple, kwargs: dict, adapted: Tensor) -> Tensor | None:
+        if module.disable_adapters or module.active_adapters != active:
+            base_calls.clear()
+            return None
         # LoRA calls its base layer once, on the input it was given: that output is the base. Methods that rotate or
         # scale the input first, or write into the base's output, show it here; for them the base is computed anew.
         match base_calls:

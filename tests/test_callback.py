@@ -133,6 +133,16 @@ def test_two_ranks_train_the_same_layers_and_resume(reference, tiny, tmp_path):
     assert len(first["trained"]) == (10 if len(launches) == 2 else 20)
 
 
+class CountedStream(torch.utils.data.IterableDataset):
+    """PyTorch's class has a __getitem__, which raises; some have a length as well."""
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        yield {"input_ids": [1, 2], "labels": [1, 2]}
+
+
 def test_what_cannot_rest_is_refused(reference, tiny, tmp_path):
     rows, _, _ = reference
     trainer = make(Trainer, tmp_path / "a", tiny, rows, torch_compile=True)
@@ -144,9 +154,11 @@ def test_what_cannot_rest_is_refused(reference, tiny, tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(rows.to_list()))
     with pytest.raises(ValueError, match="train_dataset must have a length"):
         make(Trainer, tmp_path / "c", tiny, stream).train()
+    with pytest.raises(ValueError, match="train_dataset must have a length"):
+        make(Trainer, tmp_path / "c", tiny, CountedStream()).train()
     trainer = make(Trainer, tmp_path / "e", tiny, rows)
     trainer.data_collator = lambda batch: {key: value for key, value in pad(batch).items() if key != "labels"}
-    with pytest.raises(ValueError, match=r"must give labels \[B, T\]"):
+    with pytest.raises(ValueError, match=r"gives no labels \[B, T\]: trainer\.add_callback"):
         trainer.train()
     with pytest.raises(ValueError, match="id3 needs an optimizer of its own"):
         make(Trainer, tmp_path / "g", tiny, rows, config=ISTConfig(selection="id3")).train()
@@ -155,14 +167,13 @@ def test_what_cannot_rest_is_refused(reference, tiny, tmp_path):
     with pytest.raises(ValueError, match=r"AdaLoRA's budget needs steps of its own"):
         trainer.train()
     trainer = make(Trainer, tmp_path / "g", tiny, rows)
-    step = trainer.training_step
 
-    def unfreezing(model, *args, **kwargs):
-        with model.disable_adapter():  # as DPO's reference does; its end lets every adapter train
-            pass
-        return step(model, *args, **kwargs)
+    def unfreeze(*_):
+        for name, parameter in trainer.model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
 
-    trainer.training_step = unfreezing
+    for layer in trainer.model.get_base_model().model.layers:  # in the module, after the callback has chosen
+        layer.self_attn.q_proj.lora_A["default"].register_forward_pre_hook(unfreeze)
     with pytest.raises(RuntimeError, match="a resting layer has a gradient"):
         trainer.train()
     trainer = make(Trainer, tmp_path / "d", tiny, rows)

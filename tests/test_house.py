@@ -99,7 +99,7 @@ def test_no_room_imports_from_a_floor_above(file):
     ("statement", "absent"),
     [
         ("import ist.sampler", ("transformers", "peft", "datasets")),
-        ("from ist import ISTCallback", ("matplotlib", "datasets")),
+        ("from ist import ISTCallback", ("matplotlib", "datasets", "trl")),
     ],
 )
 def test_an_import_brings_nothing_that_is_not_needed(statement, absent):

@@ -156,6 +156,34 @@ def test_what_peft_passes_to_its_layers_does_not_reach_the_base():
     assert not torch.equal(mixed[0], base[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", CONFIGS)
+def test_other_adapters_than_the_one_that_is_measured_are_whole(method):
+    """The reference of DPO and KTO: the base model, or a copy of the adapter as it was, run between two passes."""
+    model, layers, ids = make(method)
+    model.add_adapter("reference", copy.deepcopy(CONFIGS[method]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".reference" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def passes() -> list[torch.Tensor]:
+        outputs = [model(ids).logits]
+        with model.disable_adapter():
+            outputs.append(model(ids).logits)
+        model.set_adapter("reference")
+        outputs.append(model(ids).logits)
+        model.set_adapter("default")
+        return [*outputs, model(ids).logits]
+
+    whole = passes()
+    with suppress(layers.tuners_outside([0]), 0.25):
+        first, base, reference, again = passes()
+    assert torch.equal(base, whole[1]) and torch.equal(reference, whole[2])
+    assert torch.equal(first, again) and (first - whole[0]).abs().max() > 1e-3
+    assert (reference - base).abs().max() > 1e-3
+
+
 def test_a_merged_adapter_is_refused():
     model, layers, _ = make()
     model.merge_adapter()

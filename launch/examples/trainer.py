@@ -50,6 +50,9 @@ def main(model_name: str, rows_file: str, output_dir: str, max_steps: str = "-1"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
+    if sys.argv[1:] == ["--help"]:
+        print(__doc__)
+    elif len(sys.argv) not in (4, 5):
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    else:
+        main(*sys.argv[1:])

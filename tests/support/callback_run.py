@@ -1,10 +1,12 @@
-"""Under accelerate launch: transformers.Trainer with ISTCallback, on what is in the folder that is named.
+"""Under accelerate launch: transformers.Trainer with ISTCallback, or TRL's DPOTrainer, on what is in the folder that is
+named.
 
-    accelerate launch ... tests/support/callback_run.py FOLDER [checkpoint]
+    accelerate launch ... tests/support/callback_run.py FOLDER [dpo | CHECKPOINT]
 
 Writes FOLDER/rank<r>.json: the layers trained at each step, the scores and the losses.
 """
 
+import gc
 import json
 import os
 import sys
@@ -17,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from ist import ISTCallback, ISTConfig
 from ist.training.data import collate
@@ -62,18 +64,40 @@ def lora(model_path: Path):
     return get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), config)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    options = arguments(folder / "run", 2, save_strategy="steps", save_steps=10)
+def supervised(folder: Path, batch_size: int) -> tuple[Trainer, ISTCallback]:
     callback = ISTCallback(ISTConfig(**IST))
     trainer = in_order(Trainer)(
         model=lora(folder / "tiny"),
-        args=TrainingArguments(**options),
+        args=TrainingArguments(**arguments(folder / "run", batch_size, save_strategy="steps", save_steps=10)),
         train_dataset=Dataset.from_list(json.loads((folder / "rows.json").read_text())),
         data_collator=pad,
         callbacks=[callback],
     )
-    trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
+    return trainer, callback
+
+
+def preference(folder: Path, batch_size: int, probe_batch_size: int = 5) -> tuple[Trainer, ISTCallback]:
+    """Of 5 probe rows two ranks make 6: a batch of two rows each, and one of one row each."""
+    from trl import DPOConfig, DPOTrainer
+
+    set_seed(42)  # older versions of TRL make the adapter without a seed
+    targets = ["q_proj", "v_proj", "down_proj"]
+    trainer = in_order(DPOTrainer)(
+        model=AutoModelForCausalLM.from_pretrained(folder / "tiny"),
+        args=DPOConfig(**arguments(folder / "run", batch_size, bf16=False, remove_unused_columns=True)),
+        train_dataset=Dataset.from_list(json.loads((folder / "rows.json").read_text())),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tiny"),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"),
+    )
+    callback = ISTCallback(ISTConfig(**IST | {"probe_batch_size": probe_batch_size, "score_lr": 10}), trainer=trainer)
+    trainer.add_callback(callback)
+    return trainer, callback
+
+
+if __name__ == "__main__":
+    folder, how = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+    trainer, callback = (preference if how == "dpo" else supervised)(folder, 2)
+    trainer.train(resume_from_checkpoint=None if how == "dpo" else how)
     seen = {
         "world_size": trainer.args.world_size,
         "wrapped": type(trainer.model_wrapped).__name__,
@@ -82,5 +106,10 @@ if __name__ == "__main__":
         "scores": callback.tuner.rule.scores.tolist(),
     }
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
-    trainer.accelerator.wait_for_everyone()  # gloo aborts a rank whose peer leaves while the group is up
-    trainer.accelerator.end_training()
+    # gloo aborts a rank whose peer leaves while the group is up: all meet, then the group goes, with DDP that holds it.
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    del trainer, callback
+    gc.collect()
+    accelerator.end_training()
