@@ -39,12 +39,12 @@ def test_speed_runs_the_arms_in_turn(tiny, tmp_path, capsys):
             assert len(one["turns"]) == 10  # 20 steps, of which the first window is not counted
             assert sum(one["turns"]) / 10 == pytest.approx(one["total"])
             assert one["bare"] == bare["turns"]
-    # 2 x 24 tokens: 2 FLOPs for each weight of a linear layer, of the head, and of the adapters (45,056). Attention on a
-    # CPU is counted by older versions of torch alone.
+    # 2 x 24 tokens: 2 FLOPs for each weight of a linear layer, of the head, and of the adapters (45,056). Attention
+    # on a CPU is counted by older versions of torch alone.
     weights = 4 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64) + 32 * 400
     assert result["flops"]["tokens"] == 48
     counted = 2 * 48 * (weights + 45_056)
-    assert counted <= result['flops']['forward'] <= counted * (1 if release(torch.__version__) >= (2, 13) else 1.1)
+    assert counted <= result["flops"]["forward"] <= counted * (1 if release(torch.__version__) >= (2, 13) else 1.1)
     out, err = capsys.readouterr()
     assert "| ist |" in out
     order = [line.split("  ")[1].split(":")[0] for line in err.splitlines() if line.startswith("round")]

@@ -8,8 +8,8 @@ import re
 import pytest
 from datasets import Dataset
 from support import CHAT_TEMPLATE, chat_templates, reset_accelerate
-from tokenizers import pre_tokenizers, processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ist.training.command_line import UsageError
 from ist.training.data import IGNORE
@@ -244,6 +244,13 @@ def test_chat_templates_by_file_and_by_name(tiny, tmp_path):
     assert "generation" in load_tokenizer("model_name_or_path", str(tiny), "chat", "qwen3").chat_template
     with pytest.raises(UsageError, match=r"--chat_template must be a file, or one of trl's: cohere, .*; got nothere"):
         load_tokenizer("model_name_or_path", str(tiny), "chat", "nothere")
+
+
+def test_a_tokenizer_without_tokens_is_none(tmp_path):
+    empty = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"--model_name_or_path .* has no tokenizer: it has no token for any text\."):
+        load_tokenizer("model_name_or_path", str(tmp_path))
 
 
 def test_a_run_on_rows_of_many_kinds(arguments, tmp_path, capsys):
