@@ -10,7 +10,8 @@ scores that two independent series of full, and of cheap, probes have added up b
 uniformly), and exp(-L) of random candidate sets. The table has by estimator
   halves      correlation over layers of two halves: of the rows (derivatives), of the two series (probes)
   predicts    correlation over the sets of exp(-L) with the sum of the scores of the layers that a set keeps
-each the mean over seeds with its 95 % interval (Student's, of Fisher's z).
+each the mean over seeds with its 95 % interval (Student's, of Fisher's z). The files are written after each seed;
+the same command, broken off, goes on with the seeds that are missing.
 
 noise: layers without any effect. Derivatives of each row are permuted over the layers (expected), or candidate losses
 are independent of the sets (paper); effective layers after 300 updates of 10 steps, 30 layers, 10 seeds.
@@ -21,7 +22,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -108,15 +109,14 @@ class Measurement(Observer):
             self.found.append({"seed": self.seed, **line})
 
 
-def reliability(model: str, steps: Sequence[int], seeds: Sequence[int]) -> list[dict]:
-    """[{seed, step, estimator, halves, predicts}]."""
+def reliability(model: str, steps: Sequence[int], seeds: Sequence[int]) -> Iterator[list[dict]]:
+    """[{seed, step, estimator, halves, predicts}] of each seed."""
     import train_ist
     from ist.training.data import collate
     from ist.training.encoding import encode_rows, load_tokenizer
     from ist.training.reading import load_rows
     from support import reset_accelerate
 
-    found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = arithmetic_rows(1024 + HELD_OUT, seed=1, held_out=False)
@@ -144,9 +144,7 @@ def reliability(model: str, steps: Sequence[int], seeds: Sequence[int]) -> list[
             }
             reset_accelerate()
             train_ist.main([part for key, value in values.items() for part in (f"--{key}", str(value))], observer)
-            found += observer.found
-            print(*observer.found, sep="\n", flush=True)
-    return found
+            yield observer.found
 
 
 def interval(values: Sequence[float], correlations: bool = False) -> str:
@@ -225,17 +223,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 1 2 3; noise: 0 to 9")
     parser.add_argument("--output", type=Path, help="a .json file; the table goes beside it as .md")
     args = parser.parse_args()
+    command = f"`python tests/support/importance.py {' '.join(sys.argv[1:])}`, {os.cpu_count()} CPU cores"
     if args.what == "noise":
         found = noise(args.seeds or range(10))
-        table, title = noise_table(found), "Scores without any effect to measure"
-    else:
-        found = reliability(args.model_name_or_path, args.steps, args.seeds or [1, 2, 3])
-        table, title = reliability_table(found), "Reliability of importance scores, and what they predict"
-    command = f"`python tests/support/importance.py {' '.join(sys.argv[1:])}`, {os.cpu_count()} CPU cores"
-    print(*table, sep="\n")
-    if args.output:
-        args.output.write_text(json.dumps({"command": command, "found": found}, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text("\n".join([*heading(title, command), *table]) + "\n")
+        write(args.output, command, found, "Scores without any effect to measure", noise_table(found))
+        return
+    saved = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    found = saved["found"] if saved.get("command") == command else []
+    missing = [seed for seed in args.seeds or [1, 2, 3] if not any(line["seed"] == seed for line in found)]
+    for lines in reliability(args.model_name_or_path, args.steps, missing):
+        found += lines
+        title = "Reliability of importance scores, and what they predict"
+        write(args.output, command, found, title, reliability_table(found))
+
+
+def write(output: Path | None, command: str, found: list | dict, title: str, table: list[str]) -> None:
+    print(*table, sep="\n", flush=True)
+    if output:
+        output.write_text(json.dumps({"command": command, "found": found}, indent=1) + "\n")
+        output.with_suffix(".md").write_text("\n".join([*heading(title, command), *table]) + "\n")
 
 
 if __name__ == "__main__":
