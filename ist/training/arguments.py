@@ -392,5 +392,8 @@ def _require_consistent(args: Arguments) -> None:
             "--neftune_noise_alpha scales its noise by the length of a row, --packing true makes one of many: leave "
             "one out."
         )
+    if args.loraplus_lr_ratio and (args.peft_method == "none" or args.selection == "id3"):
+        given = "--peft_method none" if args.peft_method == "none" else "--selection id3"
+        raise UsageError(f"--loraplus_lr_ratio is for whole matrices A and B of LoRA; {given} has none: leave one out.")
     if args.selection == "id3" and args.optim != "adamw_torch":
         raise UsageError(f"--optim {args.optim} keeps moments of masked weights too: use adamw_torch with id3.")

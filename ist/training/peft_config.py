@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
@@ -177,6 +177,11 @@ def require_served(config: PeftConfig, args: Arguments, sharded: bool, packed: b
     """
     if reason := refusal(config, packed, sharded, args.selection):
         raise UsageError(f"{config_key(args)}: {config.peft_type.value} is not served: {reason}.")
+    if args.loraplus_lr_ratio and config.peft_type != PeftType.LORA:
+        raise UsageError(
+            f"--loraplus_lr_ratio {args.loraplus_lr_ratio:g} is for the matrices A and B of LoRA; "
+            f"{config.peft_type.value} has others: leave it out."
+        )
 
 
 def make_peft_config(args: Arguments, total_steps: int = 10**9) -> PeftConfig | None:

@@ -5,13 +5,13 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from peft import PeftConfig
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoConfig, get_scheduler
@@ -24,16 +24,26 @@ from ist.training.files import json_digest
 from ist.training.model import load_model, load_skeleton
 
 
-def make_optimizer(args: Arguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    args: Arguments, parameters: list[nn.Parameter], model: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """
+    Args:
+        model: whose parameters they are; LoRA+ knows them by their modules.
+    """
     kinds = {
         "adamw_torch": PackedAdamW if args.selection == "id3" else torch.optim.AdamW,
-        "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
+        "adamw_torch_fused": torch.optim.AdamW,
     }
     if args.optim.endswith("8bit"):
         import bitsandbytes
 
         kinds |= {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    options |= {"fused": True} if args.optim == "adamw_torch_fused" else {}
+    if args.loraplus_lr_ratio and model is not None:
+        options |= {"loraplus_lr_ratio": args.loraplus_lr_ratio, "loraplus_weight_decay": options.pop("weight_decay")}
+        return create_loraplus_optimizer(model, kinds[args.optim], lr=args.learning_rate, **options)
     return kinds[args.optim](parameters, lr=args.learning_rate, **options)
 
 
@@ -143,7 +153,7 @@ def prepare(
         model = _load_on_main(args, peft_config, accelerator)
     else:
         model = load_model(args, peft_config, accelerator.device, straight=True)
-    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
+    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad], model)
     if sharded:
         if not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             broadcast_from_main((p for p in model.parameters() if p.requires_grad), accelerator.device)

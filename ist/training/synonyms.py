@@ -87,7 +87,6 @@ _INSTEAD = {
     "rank_pattern": _PEFT.format('"rank_pattern": {...}'),
     "layers_to_transform": _PEFT.format('"layers_to_transform": [...]'),
     "lora_target_parameters": _PEFT.format('"target_parameters": [...]'),
-    "loraplus_lr_ratio": "LoRA+ is not served; leave it out",
     # ---- The model.
     "load_in_8bit": "8-bit base weights are not served: use --load_in_4bit true, or none",
     "quantization_bit": "use --load_in_4bit true",

@@ -79,6 +79,9 @@ class TrainArguments:
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment.")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
     weight_decay: float = option(0.0, "AdamW's.")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: LoRA's B learns by learning_rate times this. 1 or more; 16 in its paper (arXiv 2402.12354)."
+    )
     max_grad_norm: float = option(1.0, "Clip the gradient of the trained layers; 0: do not.")
     neftune_noise_alpha: float | None = option(
         None, "NEFTune: noise on the embeddings while training. Not in probes and validations; 5 to 15 in its paper."
@@ -103,6 +106,8 @@ class TrainArguments:
             require(0 < getattr(self, key) < math.inf, key, "a finite number above 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
             require(0 <= getattr(self, key) < math.inf, key, "a finite number, 0 or more", getattr(self, key))
+        ratio = self.loraplus_lr_ratio
+        require(ratio is None or 1 <= ratio < math.inf, "loraplus_lr_ratio", "a finite number, 1 or more", ratio)
         alpha = self.neftune_noise_alpha
         require(alpha is None or 0 < alpha < math.inf, "neftune_noise_alpha", "a finite number above 0", alpha)
         if self.optimizer_state == "offload" and self.optim.endswith("8bit"):

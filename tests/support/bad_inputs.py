@@ -69,6 +69,7 @@ OUT_OF_RANGE = {
     "early_stopping_threshold": _NUMBERS,
     "max_steps": ("0", "-2"),
     **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon", "neftune_noise_alpha"), (*_NUMBERS, "0")),
+    "loraplus_lr_ratio": (*_NUMBERS, "0.5"),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (*_NUMBERS, "1", "1.5")),
     **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm"), _NUMBERS),
     "lora_dropout": (*_NUMBERS, "1", "1.5"),

@@ -1,14 +1,16 @@
 """Keys of TrainingArguments: each does what transformers, PEFT or torch do under that name."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import NEEDS_8BIT_ON_CPU, read_lines
+from support import NEEDS_8BIT_ON_CPU, ROOT, read_lines, warm_python
 from support.runs import adapter_of, assert_same_adapter, cut_after, without_times
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, get_scheduler
@@ -65,6 +67,61 @@ def test_8bit_optimizers_on_a_cpu_need_a_newer_bitsandbytes(train, monkeypatch):
     monkeypatch.setattr(environment, "version", lambda name: "0.49.2")
     with pytest.raises(UsageError, match=r"--optim adamw_8bit on a CPU needs bitsandbytes 0.50 or newer; 0.49.2 is"):
         train(optim="adamw_8bit")
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adamw_torch_fused", pytest.param("adamw_8bit", marks=NEEDS_8BIT_ON_CPU)]
+)
+def test_loraplus_trains_b_faster(train, tmp_path, optim):
+    """AdamW's first step is the learning rate times a sign, and of A, while B is zero, nothing."""
+    options = {"max_steps": 1, "warmup_steps": 0, "lora_dropout": 0, "selection": "all", "optim": optim}
+    assert train(output_dir=tmp_path / "plain", **options) == 0
+    for ratio in (1, 8):
+        assert train(output_dir=tmp_path / str(ratio), loraplus_lr_ratio=ratio, **options) == 0
+    plain, one, eight = (load_file(tmp_path / f"{name}/adapter/adapter_model.safetensors") for name in ("plain", 1, 8))
+    for name, tensor in plain.items():
+        assert torch.equal(one[name], tensor)
+        assert torch.allclose(eight[name], tensor * (8 if "lora_B" in name else 1), rtol=1e-4, atol=0)
+        assert tensor.any()
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_loraplus_goes_on_exactly(train, arguments, tmp_path, ranks):
+    """With layers that rest, and from a checkpoint of one process on two sharded ranks."""
+    options = {"loraplus_lr_ratio": 16, "max_steps": 8, "save_steps": 4, "weight_decay": 0.1, "lora_dropout": 0}
+    assert train(output_dir=tmp_path / "whole", **options) == 0
+    cut_after(4, tmp_path / "whole", tmp_path / "run")
+    if ranks == 1:
+        assert train(resume_from_checkpoint="auto", **options) == 0
+        return assert_same_adapter(tmp_path / "run", tmp_path / "whole")
+    checkpoint = tmp_path / "whole/checkpoints/step_000004"
+    options |= {"per_device_train_batch_size": 2, "resume_from_checkpoint": checkpoint, "output_dir": tmp_path / "two"}
+    command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    command += ["accelerate_configs/fsdp2.yaml", "tests/support/spy.py", "train_ist.py", *arguments(**options)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": warm_python(), "SPY_DIR": str(tmp_path)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    assert json.loads((tmp_path / "rank1.json").read_text())["all_dtensors"]
+    whole = adapter_of(tmp_path / "whole")
+    for name, tensor in adapter_of(tmp_path / "two").items():
+        assert torch.allclose(tensor, whole[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--loraplus_lr_ratio=0.5",), r"--loraplus_lr_ratio must be a finite number, 1 or more; got 0\.5"),
+        (("--loraplus_lr_ratio=16", "--peft_method=none"), "--loraplus_lr_ratio .* --peft_method none has none"),
+        (("--loraplus_lr_ratio=16", "--selection=id3"), "--loraplus_lr_ratio .* --selection id3 has none"),
+    ],
+)
+def test_loraplus_is_for_lora(flags, message):
+    with pytest.raises(UsageError, match=message):
+        parsed(*flags)
+
+
+def test_loraplus_is_not_for_other_methods(train):
+    with pytest.raises(UsageError, match=r"--loraplus_lr_ratio 16 is for .* SERIES has others"):
+        train(loraplus_lr_ratio=16, peft_method="series")
 
 
 @pytest.mark.parametrize("flag", ["adam_beta1=1", "adam_beta1=-0.1", "adam_beta2=nan", "adam_epsilon=0"])
