@@ -75,7 +75,7 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
             raise ConfigError(
                 "fsdp_reshard_after_forward false would train resting layers after each probe: set it to true."
             )
-        if optim not in ("adamw_torch", "adamw_torch_fused"):
+        if optim not in ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop"):
             raise ConfigError(
                 f"`optim={optim}` cannot update sharded parameters: use adamw_torch, or launch with "
                 "accelerate_configs/ddp.yaml."

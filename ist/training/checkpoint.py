@@ -270,7 +270,8 @@ def load_optimizer(
     moments = {"exp_avg", "exp_avg_sq", "step", *(["indices"] if packed else [])}
     torchs = packed or isinstance(optimizer, torch.optim.AdamW)
     missing = torchs and any(not moments <= own.keys() for own in states.values())
-    if (state["step"] and not states) or missing:
+    stateless = isinstance(optimizer, torch.optim.SGD)
+    if (state["step"] and not states and not stateless) or missing:
         raise UsageError(f"--resume_from_checkpoint {path} cannot be used: moments of its optimizer are missing.")
     for name, own in states.items() if torchs else ():
         if {own["exp_avg"], own["exp_avg_sq"]} != {parameters[name].dtype}:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from ist.distributed import of_all_ranks
 from ist.training.command_line import UsageError
 from ist.training.packages import release
+from ist.training.train_arguments import BITSANDBYTES_OPTIMIZERS
 
 
 def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
@@ -65,9 +66,10 @@ def require_replicas(accelerator: Accelerator) -> None:
 def require_optimizer_of_device(optim: str, accelerator: Accelerator) -> None:
     """
     Raises:
-        UsageError: an 8-bit optimizer on a CPU with a version of bitsandbytes that has it on GPUs alone.
+        UsageError: an optimizer of bitsandbytes on a CPU with a version of bitsandbytes that has it on GPUs alone.
     """
-    if optim.endswith("8bit") and accelerator.device.type == "cpu" and release(version("bitsandbytes")) < (0, 50):
+    old = optim in BITSANDBYTES_OPTIMIZERS and release(version("bitsandbytes")) < (0, 50)
+    if old and accelerator.device.type == "cpu":
         raise UsageError(
             f"--optim {optim} on a CPU needs bitsandbytes 0.50 or newer; {version('bitsandbytes')} is installed: "
             "update it, or use adamw_torch."

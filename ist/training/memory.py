@@ -37,6 +37,7 @@ from ist.training.arguments import Resolved
 from ist.training.model import load_skeleton
 from ist.training.packages import installed, is_packed
 from ist.training.prepare import make_optimizer
+from ist.training.train_arguments import TORCH_OPTIMIZERS
 
 PARTS = ("weights", "optimizer", "gradients", "saved", "temporary")
 
@@ -172,10 +173,12 @@ class StepCounter:
         self.trainable = parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = None
         self.keeps_state = args.optimizer_state == "keep"
-        if args.optim.startswith("adamw_torch"):
+        self.optim = args.optim
+        if args.optim in TORCH_OPTIMIZERS:
             self.optimizer = make_optimizer(args, parameters)
             for group in self.optimizer.param_groups:
-                group["foreach"] = True if like_gpu and not group.get("fused") else group["foreach"]
+                if "foreach" in group and like_gpu and not group.get("fused"):
+                    group["foreach"] = True
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
@@ -199,7 +202,7 @@ class StepCounter:
         """Bytes of the optimizer's state of `parameters`."""
         if self.optimizer:
             return storage_bytes(_state_tensors(self.optimizer, parameters))
-        return sum(map(_eight_bit_state_bytes, parameters)) + 2 * 256 * 4
+        return sum(_bitsandbytes_state_bytes(self.optim, parameter) for parameter in parameters) + 2 * 256 * 4
 
     def _watch(self) -> LiveBytes:
         state = _state_tensors(self.optimizer, self.trainable) if self.optimizer else []
@@ -253,11 +256,12 @@ class StepCounter:
         return StepMemory(self.weights, state, reached, sum(saved.values()), moments)
 
 
-def _eight_bit_state_bytes(parameter: Tensor) -> int:
-    """bitsandbytes' 8-bit AdamW: two moments of a byte each, a float32 scale for 256; small tensors in float32."""
-    if parameter.numel() < 4096:
-        return 8 * parameter.numel()
-    return 2 * (parameter.numel() + 4 * math.ceil(parameter.numel() / 256))
+def _bitsandbytes_state_bytes(optim: str, parameter: Tensor) -> int:
+    """Moments in float32; of 8-bit optimizers a byte each and a float32 scale for 256, but of small tensors."""
+    moments = 1 if "lion" in optim or "rmsprop" in optim else 3 if "ademamix" in optim else 2
+    if "8bit" not in optim or parameter.numel() < 4096:
+        return moments * 4 * parameter.numel()
+    return moments * (parameter.numel() + 4 * math.ceil(parameter.numel() / 256))
 
 
 @dataclass

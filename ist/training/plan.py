@@ -200,7 +200,7 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, Callable[[PlannedRun], Plan
         yield text, lambda run: replace(change(run), shape=(1, run.shape[1]), padded=False)
     if topology.ranks > 1 and not topology.sharded and not args.load_in_4bit and args.optim.startswith("adamw_torch"):
         yield "accelerate_configs/fsdp2.yaml", lambda run: replace(run, topology=replace(topology, sharded=True))
-    if args.optimizer_state == "keep" and not args.optim.endswith("8bit"):
+    if args.optimizer_state == "keep" and args.optim.startswith("adamw_torch"):
         yield flags(optimizer_state="offload")
     if args.peft_method == "none" and args.optim == "adamw_torch" and topology.ranks == 1 and installed("bitsandbytes"):
         yield flags(optim="adamw_8bit")

@@ -5,6 +5,8 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,20 +33,28 @@ def make_optimizer(
     Args:
         model: whose parameters they are; LoRA+ knows them by their modules.
     """
-    kinds = {
-        "adamw_torch": PackedAdamW if args.selection == "id3" else torch.optim.AdamW,
-        "adamw_torch_fused": torch.optim.AdamW,
-    }
-    if args.optim.endswith("8bit"):
-        import bitsandbytes
-
-        kinds |= {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
-    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-    options |= {"fused": True} if args.optim == "adamw_torch_fused" else {}
+    kind, options = _kind_of_optimizer(args)
     if args.loraplus_lr_ratio and model is not None:
-        options |= {"loraplus_lr_ratio": args.loraplus_lr_ratio, "loraplus_weight_decay": options.pop("weight_decay")}
-        return create_loraplus_optimizer(model, kinds[args.optim], lr=args.learning_rate, **options)
-    return kinds[args.optim](parameters, lr=args.learning_rate, **options)
+        options |= {"loraplus_lr_ratio": args.loraplus_lr_ratio, "loraplus_weight_decay": args.weight_decay}
+        return create_loraplus_optimizer(model, kind, **options)
+    return kind(parameters, weight_decay=args.weight_decay, **options)
+
+
+def _kind_of_optimizer(args: Arguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class and its arguments, by transformers' own factory but for AdamW of torch."""
+    if args.optim.startswith("adamw_torch"):
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        options |= {"fused": True} if args.optim == "adamw_torch_fused" else {}
+        return (PackedAdamW if args.selection == "id3" else torch.optim.AdamW), options
+    from transformers import Trainer  # which imports much
+    from transformers.training_args import OptimizerNames
+
+    # Not TrainingArguments, which would set up the processes anew.
+    keys = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon")
+    asked = SimpleNamespace(
+        **{key: getattr(args, key) for key in keys}, optim=OptimizerNames(args.optim), optim_args=None
+    )
+    return Trainer.get_optimizer_cls_and_kwargs(asked)
 
 
 def warmup_steps(args: Arguments, max_steps: int) -> int:

@@ -31,6 +31,29 @@ def _canonical_kwargs(text: str) -> str:
     return json.dumps(values, sort_keys=True)
 
 
+# Names of transformers' OptimizerNames.
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")  # theirs is torch's arithmetic by element
+TORCH_OPTIMIZERS = (*SHARDED_OPTIMIZERS, "adagrad", "adafactor")
+BITSANDBYTES_OPTIMIZERS = (
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+)
+_WHOLE_MATRICES = "it projects the gradients of whole weights, and adapters are of low rank by themselves"
+_OWN_LOOP = "it needs a training loop of its own"
+_UNTESTED = "it needs a package that is not tested here"
+REFUSED_OPTIMIZERS = {
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), _WHOLE_MATRICES),
+    **dict.fromkeys(("galore_adamw_layerwise", "galore_adamw_8bit_layerwise"), _OWN_LOOP),
+    **dict.fromkeys(("galore_adafactor_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"), _OWN_LOOP),
+    **dict.fromkeys(("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"), _OWN_LOOP),
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "its state cannot be written as safetensors"),
+    **dict.fromkeys(("adamw_anyprecision", "grokadamw", "stable_adamw"), _UNTESTED),
+    **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused"), "it is for other devices"),
+}
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     _argument_group_name = "training (names as in transformers.TrainingArguments)"
@@ -66,9 +89,11 @@ class TrainArguments:
     warmup_steps: float = option(100, "Steps of linear warm-up. Below 1: a share of all steps.")
     num_train_epochs: float = option(3.0, "Passes over the rows.")
     max_steps: int = option(-1, "Optimizer steps; -1: as num_train_epochs says.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = option(
+    optim: str = option(
         "adamw_torch",
-        "adamw_torch, adamw_torch_fused, adamw_8bit or paged_adamw_8bit. The 8-bit ones are bitsandbytes'.",
+        "adamw_torch, adamw_8bit, lion_8bit, adafactor, sgd, ... Those of transformers but for some: "
+        + ", ".join((*TORCH_OPTIMIZERS, *BITSANDBYTES_OPTIMIZERS))
+        + ". 8-bit and paged ones, lion and ademamix are bitsandbytes'.",
     )
     optimizer_state: Literal["keep", "drop", "offload"] = option(
         "keep",
@@ -110,16 +135,7 @@ class TrainArguments:
         require(ratio is None or 1 <= ratio < math.inf, "loraplus_lr_ratio", "a finite number, 1 or more", ratio)
         alpha = self.neftune_noise_alpha
         require(alpha is None or 0 < alpha < math.inf, "neftune_noise_alpha", "a finite number above 0", alpha)
-        if self.optimizer_state == "offload" and self.optim.endswith("8bit"):
-            raise UsageError(
-                f"--optimizer_state offload cannot move the state of --optim {self.optim}: use adamw_torch."
-            )
-        if self.optimizer_state == "drop" and self.optim == "paged_adamw_8bit":
-            raise UsageError(
-                "--optimizer_state drop cannot free the pages of --optim paged_adamw_8bit: use adamw_8bit."
-            )
-        if self.optim.endswith("8bit"):
-            require_package("bitsandbytes", f"--optim {self.optim}")
+        self._require_optimizer()
         if self.torch_compile:
             self._require_compiler()
         if self.lr_scheduler_kwargs:
@@ -127,6 +143,24 @@ class TrainArguments:
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             require(self.learning_rate > 1e-7, "learning_rate", "above 1e-7, where polynomial ends", self.learning_rate)
         require(self.max_steps >= 1 or self.max_steps == -1, "max_steps", "1 or more, or -1 (epochs)", self.max_steps)
+
+    def _require_optimizer(self) -> None:
+        if reason := REFUSED_OPTIMIZERS.get(self.optim):
+            raise UsageError(
+                f"--optim {self.optim} is not served: {reason}. Use adamw_torch, or another; see --help optim."
+            )
+        known = (*TORCH_OPTIMIZERS, *BITSANDBYTES_OPTIMIZERS)
+        require(self.optim in known, "optim", f"one of {', '.join(known)}", self.optim)
+        if self.optimizer_state == "offload" and not self.optim.startswith("adamw_torch"):
+            raise UsageError(
+                f"--optimizer_state offload cannot move the state of --optim {self.optim}: use adamw_torch."
+            )
+        if self.optimizer_state == "drop" and self.optim.startswith("paged"):
+            raise UsageError(f"--optimizer_state drop cannot free the pages of --optim {self.optim}: use adamw_8bit.")
+        if self.optimizer_state == "drop" and self.optim == "adagrad":
+            raise UsageError("--optimizer_state drop: adagrad makes its state once, at the start. Use adamw_torch.")
+        if self.optim in BITSANDBYTES_OPTIMIZERS:
+            require_package("bitsandbytes", f"--optim {self.optim}")
 
     def _require_compiler(self) -> None:
         import torch

@@ -181,7 +181,8 @@ def test_8bit_optimizer_state_has_the_bytes_of_bitsandbytes():
     optimizer.step()
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     tables = {key: optimizer.state[parameters[-1]][key] for key in ("qmap1", "qmap2")}
-    assert sum(memory._eight_bit_state_bytes(p) for p in parameters) + 2 * 256 * 4 == memory.storage_bytes(state)
+    counted = sum(memory._bitsandbytes_state_bytes("adamw_8bit", parameter) for parameter in parameters)
+    assert counted + 2 * 256 * 4 == memory.storage_bytes(state)
     assert sum(table.nbytes for table in tables.values()) == 2 * 256 * 4
 
 
