@@ -28,7 +28,7 @@ from ist.training.encoding import TEMPLATES, load_tokenizer
 from ist.training.export import stop_ids
 from ist.training.files import model_digest, read_object, write_json
 from ist.training.model import nf4
-from ist.training.packages import require_package
+from ist.training.packages import is_packed, require_package
 from ist.training.record import require_writable
 from ist.training.weights import is_quantised, load_adapter, load_pretrained
 
@@ -229,7 +229,15 @@ def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
         tokenizer.pad_token = tokenizer.eos_token
     if "device_map" not in options:
         model = model.to(device)
+    for module in model.modules():
+        if is_packed(getattr(module, "weight", None)) and not _is_in_whole_blocks(module.weight):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes packs such weights wrongly for that processor
     return Scorer(model.eval(), tokenizer, args)
+
+
+def _is_in_whole_blocks(weight: nn.Parameter) -> bool:
+    rows, columns = weight.quant_state.shape
+    return rows % 32 == 0 and columns % weight.quant_state.blocksize == 0
 
 
 def training_run(folder: str) -> dict | None:
