@@ -46,6 +46,7 @@ OUTCOMES = ("refused", "fell back, equal", "equal", "changed", "other error", "h
 LIMIT_SECONDS, MEETING_SECONDS, START_SECONDS = 40, 15, 60  # an attempt takes 3 s, the start of a launch 10 to 20
 RANK = int(os.environ.get("RANK", "0"))
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+os.environ.pop("TORCHELASTIC_ERROR_FILE", None)  # errors go to stderr: each is one of many in this launch
 
 
 # ---------------------------------------------------------------------------------------------------- damaged folders
