@@ -104,6 +104,8 @@ _INSTEAD = {
     "dataset": _DATA,
     "template": "use --prompt_template (alpaca, llm_adapters, chat, ...); with chat also --chat_template",
     "chat_template_path": "use --prompt_template chat --chat_template FILE",
+    "eos_token": _WITHOUT.format("it is the tokenizer's, by its tokenizer_config.json"),
+    "loss_type": _WITHOUT.format("the loss is the cross entropy of tokens; ISTCallback serves SFTTrainer's others"),
     "dataset_text_field": "use --column_mapping FIELD=text",
     "train_on_inputs": "use --completion_only_loss, which is its opposite",
     "mask_history": "use --completion_only_loss true, and give turns that are not to be learnt weight: 0",

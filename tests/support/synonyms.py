@@ -25,7 +25,7 @@ KEYS = {
         *("bnb_4bit_quant_type", "use_bnb_nested_quant", "dataset_name", "dataset_config", "dataset_train_split"),
         *("dataset_test_split", "dataset_streaming", "dataset_text_field", "dataset_num_proc", "max_seq_length"),
         *("max_length", "truncation_mode", "packing", "padding_free", "completion_only_loss", "assistant_only_loss"),
-        *("chat_template_path", "shuffle_dataset", "project"),
+        *("chat_template_path", "shuffle_dataset", "project", "eos_token", "loss_type"),
     ),
     "Axolotl": (
         *("base_model", "model_type", "tokenizer_type", "adapter", "lora_model_dir", "lora_target_linear"),
