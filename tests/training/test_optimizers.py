@@ -1,14 +1,10 @@
 """Optimizers by the names of transformers: as its Trainer makes them, resumed exactly, sharded or refused."""
 
-import json
-import os
-import subprocess
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import NEEDS_8BIT_ON_CPU, ROOT, reset_accelerate, tiny_config, warm_python
-from support.runs import adapter_of, assert_same_adapter, cut_after
+from support import NEEDS_8BIT_ON_CPU, reset_accelerate, tiny_config
+from support.runs import adapter_of, assert_same_adapter, cut_after, run_on_two_ranks
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -74,11 +70,7 @@ def test_two_sharded_ranks_go_on_as_one_process(train, arguments, tmp_path, opti
     assert train(output_dir=tmp_path / "whole", **options) == 0
     checkpoint = tmp_path / "whole/checkpoints/step_000004"
     options |= {"per_device_train_batch_size": 2, "resume_from_checkpoint": checkpoint, "output_dir": tmp_path / "two"}
-    command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += ["accelerate_configs/fsdp2.yaml", "tests/support/spy.py", "train_ist.py", *arguments(**options)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": warm_python(), "SPY_DIR": str(tmp_path)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
-    assert json.loads((tmp_path / "rank1.json").read_text())["all_dtensors"]
+    run_on_two_ranks("fsdp2", arguments(**options), tmp_path)
     whole = adapter_of(tmp_path / "whole")
     for name, tensor in adapter_of(tmp_path / "two").items():
         assert torch.allclose(tensor, whole[name], rtol=1e-3, atol=1e-5)

@@ -1,17 +1,15 @@
 """Keys of TrainingArguments: each does what transformers, PEFT or torch do under that name."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import NEEDS_8BIT_ON_CPU, ROOT, read_lines, warm_python
-from support.runs import adapter_of, assert_same_adapter, cut_after, without_times
+from support import NEEDS_8BIT_ON_CPU, read_lines
+from support.runs import adapter_of, assert_same_adapter, cut_after, run_on_two_ranks, without_times
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, get_scheduler
 
@@ -96,11 +94,7 @@ def test_loraplus_goes_on_exactly(train, arguments, tmp_path, ranks):
         return assert_same_adapter(tmp_path / "run", tmp_path / "whole")
     checkpoint = tmp_path / "whole/checkpoints/step_000004"
     options |= {"per_device_train_batch_size": 2, "resume_from_checkpoint": checkpoint, "output_dir": tmp_path / "two"}
-    command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += ["accelerate_configs/fsdp2.yaml", "tests/support/spy.py", "train_ist.py", *arguments(**options)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": warm_python(), "SPY_DIR": str(tmp_path)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
-    assert json.loads((tmp_path / "rank1.json").read_text())["all_dtensors"]
+    run_on_two_ranks("fsdp2", arguments(**options), tmp_path)
     whole = adapter_of(tmp_path / "whole")
     for name, tensor in adapter_of(tmp_path / "two").items():
         assert torch.allclose(tensor, whole[name], rtol=1e-3, atol=1e-6)
@@ -345,6 +339,18 @@ def test_a_run_that_stops_early_is_finished_and_resumes_exactly(train, tmp_path)
         shutil.rmtree(cut)
 
 
+@pytest.mark.slow
+def test_two_sharded_ranks_stop_early_as_one_process(train, arguments, tmp_path):
+    options = {"validation_size": 10, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
+    options |= {"learning_rate": 0.1, "lr_scheduler_type": "constant", "save_steps": 1, "lora_dropout": 0}
+    assert train(output_dir=tmp_path / "one", **options) == 0
+    two = {"output_dir": tmp_path / "two", "per_device_train_batch_size": 2}
+    run_on_two_ranks("fsdp2", arguments(**options, **two), tmp_path)
+    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
+    assert one["stopped_early"] == two["stopped_early"] == one["steps"] < 20
+    assert one["best"]["step"] == two["best"]["step"]
+
+
 EARLY = (
     ({"early_stopping_patience": 0, "validation_size": 4, "eval_steps": 1}, "must be 1 or more; got 0"),
     ({"early_stopping_patience": 2}, "--early_stopping_patience needs --validation_file"),
@@ -381,6 +387,19 @@ def test_noise_is_of_training_alone_and_the_same_on_resume(train, tmp_path):
     assert train(output_dir=cut, resume_from_checkpoint="auto", **options) == 0
     assert_same_adapter(cut, noisy)
     assert without_times(read_lines(cut / "metrics.jsonl")) == without_times(ours)
+
+
+@pytest.mark.slow
+def test_noise_on_two_ranks_is_the_same_on_resume(arguments, tmp_path):
+    options = {"neftune_noise_alpha": 5, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+    run_on_two_ranks("ddp", arguments(output_dir=tmp_path / "whole", **options), tmp_path)
+    cut_after(2, tmp_path / "whole", tmp_path / "cut")
+    run_on_two_ranks("ddp", arguments(output_dir=tmp_path / "cut", resume_from_checkpoint="auto", **options), tmp_path)
+    assert_same_adapter(tmp_path / "cut", tmp_path / "whole")
+    options["neftune_noise_alpha"] = None
+    run_on_two_ranks("ddp", arguments(output_dir=tmp_path / "plain", **options), tmp_path)
+    noisy, plain = (read_lines(tmp_path / name / "metrics.jsonl")[0] for name in ("whole", "plain"))
+    assert noisy["loss"] != plain["loss"]
 
 
 @pytest.mark.parametrize("flags", [("--neftune_noise_alpha=0",), ("--neftune_noise_alpha=5", "--packing=true")])
