@@ -34,6 +34,7 @@ NEEDS |= {"early_stopping_threshold": {"early_stopping_patience": ["2"]}}
 VALUES = {
     "lr_scheduler_kwargs": ['{"a": 1}'],
     "loraplus_lr_ratio": ["16"],
+    "optim": ["sgd"],
     **{"trained_layers": ["0.3"], "kept_layers": ["3"], "min_trained_layers": ["2"], "fixed_layers": ["1", "2"]},
     **{"id3_budget": ["all"], "report_to": ["tensorboard", "mlflow"], "torch_compile": ["false"]},
 }
