@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+import transformers
 import wandb
 from datasets import IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -110,8 +111,8 @@ def test_two_ranks_train_the_same_layers_and_resume(reference, tiny, tmp_path):
     command = [warm_python(), "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", "accelerate_configs/ddp.yaml", "tests/support/callback_run.py", str(tmp_path)]
     launches = [[], [str(tmp_path / "run/checkpoint-10")]]
-    if release(torch.__version__) < (2, 13):
-        del launches[1]  # torch 2.8 cannot load what Trainer saves of ranks on a CPU
+    if release(transformers.__version__)[:2] == (5, 0):
+        del launches[1]  # its Trainer cannot load what it saves of ranks on a CPU
     for arguments_ in launches:
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": warm_python()}
         result = subprocess.run(
