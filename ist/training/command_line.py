@@ -415,10 +415,11 @@ def print_error(error: Exception) -> None:
     """One line, once: ranks that have the same error leave it to the first of them."""
     if _is_first_to_say(str(error)):
         rank = os.environ.get("RANK", "0")
-        told = " ".join(str(error).splitlines())  # a name may hold a line end
-        line = f"{'' if rank == '0' else f'[rank {rank}] '}error: {told}"
+        line = f"{'' if rank == '0' else f'[rank {rank}] '}error: {' '.join(str(error).splitlines())}"
         if not _tell_launcher(line):
             print(line, file=sys.stderr, flush=True)
+    elif "TORCHELASTIC_ERROR_FILE" in os.environ:
+        time.sleep(5)  # a launcher repeats the words of the ranks that end first, and ends the others at once
 
 
 def print_traceback(error: Exception) -> None:

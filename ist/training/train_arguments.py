@@ -49,7 +49,7 @@ REFUSED_OPTIMIZERS = {
     **dict.fromkeys(("galore_adafactor_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"), _OWN_LOOP),
     **dict.fromkeys(("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"), _OWN_LOOP),
     **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "its state cannot be written as safetensors"),
-    **dict.fromkeys(("adamw_anyprecision", "grokadamw", "stable_adamw"), _UNTESTED),
+    **dict.fromkeys(("adamw_anyprecision", "adamw_apex_fused", "grokadamw", "stable_adamw"), _UNTESTED),
     **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused"), "it is for other devices"),
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from support.cluster import until
 
 from ist.report.compare import compare, main, read_results
 from ist.training.command_line import UsageError
+from ist.training.packages import release
 from ist.training.record import draw_importance
 
 
@@ -68,6 +70,8 @@ def test_a_resumed_run_is_one_curve_and_has_every_key_of_the_readme(arguments, t
         report_to="wandb", run_name="many", log_adapter=True, log_layers=True, resume_from_checkpoint="auto", **options
     )
     command, metrics = [sys.executable, str(ROOT / "train_ist.py"), *flags], tmp_path / "run/metrics.jsonl"
+    if number == signal.SIGTERM and release(accelerate.__version__) < (1, 15):
+        pytest.skip("what the service lost cannot be told from the first of two starts of W&B by older Accelerates")
     process = subprocess.Popen(command, cwd=ROOT)
     until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, "the run trains", 120, 0.02)
     for each in [*(tree := psutil.Process(process.pid)).children(recursive=True), tree]:
