@@ -49,7 +49,7 @@ from ist.training.command_line import (
 )
 from ist.training.continuing import adapter_folder, base_notes, earlier_scores, require_schedule
 from ist.training.data import content_digests, prepare_data, shown_rows
-from ist.training.environment import environment, nodes_of, require_optimizer_of_device, require_replicas
+from ist.training.environment import environment, nodes_of, require_optimizer, require_replicas
 from ist.training.export import save_adapter, save_model
 from ist.training.extensions import make_extensions
 from ist.training.files import WriteError, json_digest
@@ -91,10 +91,9 @@ def main(argv: Sequence[str], observer: Observer | None = None) -> int:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours: it knows the tokens of the whole batch
-    require_topology(accelerator, args.optim)
+    require_topology(accelerator)
     require_replicas(accelerator)
-    if not looks_only(args):
-        require_optimizer_of_device(args.optim, accelerator)
+    require_optimizer(args.optim, accelerator, trains=not looks_only(args))
     if args.push_to_hub and not looks_only(args):
         from_main(lambda: require_hub(args), UsageError)
     if args.adapter_name_or_path:

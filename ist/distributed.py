@@ -48,7 +48,7 @@ def require_launcher() -> None:
             )
 
 
-def require_topology(accelerator: Accelerator, optim: str) -> None:
+def require_topology(accelerator: Accelerator) -> None:
     """Refuse topologies without per-step freezing, and FSDP that was requested but is not on.
 
     Raises:
@@ -74,11 +74,6 @@ def require_topology(accelerator: Accelerator, optim: str) -> None:
         if accelerator.state.fsdp_plugin.reshard_after_forward is False:
             raise ConfigError(
                 "fsdp_reshard_after_forward false would train resting layers after each probe: set it to true."
-            )
-        if optim not in ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop"):
-            raise ConfigError(
-                f"`optim={optim}` cannot update sharded parameters: use adamw_torch, or launch with "
-                "accelerate_configs/ddp.yaml."
             )
     elif kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ConfigError(

@@ -263,7 +263,7 @@ def test_fsdp_reduces_gradients_in_float32(device, tiny, train_file, tmp_path):
 def test_parallelism_of_the_launcher_is_refused(key, why):
     accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{key: 2}), distributed_type=DistributedType.NO)
     with pytest.raises(ConfigError, match=f"{key} 2 of the launcher's parallelism is {why}"):
-        require_topology(accelerator, "adamw_torch")
+        require_topology(accelerator)
 
 
 def test_the_best_checkpoint_is_loaded_by_the_main_process_alone(tiny, train_file, tmp_path):

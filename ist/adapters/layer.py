@@ -34,7 +34,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"target_modules must name linear layers; got a {type(base).__name__}")
         for container in self.adapter_layer_names:
             setattr(self, container, nn.ModuleDict())
-        for container in self.other_param_names[:2]:
+        for container in self.other_param_names[:2]:  # with the method's prefix, by which PEFT 0.18 knows them
             setattr(self, container, nn.ModuleDict())
         self.scaling: dict[str, float] = {}
         self._disable_adapters = False
@@ -68,9 +68,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def response(self, adapter_name: str, h: Tensor) -> Tensor:
         down, up = (getattr(self, container)[adapter_name] for container in self.adapter_layer_names)
         dropout, non_linearity = (getattr(self, container)[adapter_name] for container in self.other_param_names[:2])
-        return (
-            up(non_linearity(down(dropout(self._cast_input_dtype(h, down.weight.dtype))))) * self.scaling[adapter_name]
-        )
+        h = dropout(self._cast_input_dtype(h, down.weight.dtype))
+        return up(non_linearity(down(h))) * self.scaling[adapter_name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = result = self.base_layer(x, *args, **kwargs)

@@ -231,7 +231,7 @@ def load_scorer(args: ScorerArguments, device: torch.device) -> Scorer:
         model = model.to(device)
     for module in model.modules():
         if is_packed(getattr(module, "weight", None)) and not _is_in_whole_blocks(module.weight):
-            module.support_avx512bf16_for_cpu = False  # bitsandbytes packs such weights wrongly for that processor
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes cannot pack such weights for it
     return Scorer(model.eval(), tokenizer, args)
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from ist.distributed import of_all_ranks
 from ist.training.command_line import UsageError
 from ist.training.packages import release
-from ist.training.train_arguments import BITSANDBYTES_OPTIMIZERS
+from ist.training.train_arguments import BITSANDBYTES_OPTIMIZERS, SHARDED_OPTIMIZERS
 
 
 def environment(accelerator: Accelerator | PartialState) -> dict[str, Any]:
@@ -63,13 +63,22 @@ def require_replicas(accelerator: Accelerator) -> None:
         )
 
 
-def require_optimizer_of_device(optim: str, accelerator: Accelerator) -> None:
+def require_optimizer(optim: str, accelerator: Accelerator, trains: bool) -> None:
     """
+    Args:
+        trains: on this device; --plan is of another one.
+
     Raises:
-        UsageError: an optimizer of bitsandbytes on a CPU with a version of bitsandbytes that has it on GPUs alone.
+        UsageError: an optimizer that cannot update sharded parameters, under FSDP; one of bitsandbytes on a CPU with a
+            version that has it on GPUs alone.
     """
+    if accelerator.distributed_type == DistributedType.FSDP and optim not in SHARDED_OPTIMIZERS:
+        raise UsageError(
+            f"--optim {optim} cannot update sharded parameters: use adamw_torch, or launch with "
+            "accelerate_configs/ddp.yaml."
+        )
     old = optim in BITSANDBYTES_OPTIMIZERS and release(version("bitsandbytes")) < (0, 50)
-    if old and accelerator.device.type == "cpu":
+    if trains and old and accelerator.device.type == "cpu":
         raise UsageError(
             f"--optim {optim} on a CPU needs bitsandbytes 0.50 or newer; {version('bitsandbytes')} is installed: "
             "update it, or use adamw_torch."

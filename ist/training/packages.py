@@ -31,7 +31,7 @@ PACKAGES = {
     "datasets": Package("4.3", "4.2 has no fingerprint in Dataset.from_generator"),
     "safetensors": Package("0.4.3", "transformers 5.0 refuses 0.4.2"),
     "bitsandbytes": Package(
-        "0.49", "0.47 on a CPU crashes where all weights are zero", "`load_in_4bit`, 8-bit `optim`"
+        "0.49", "0.47 on a CPU crashes where all weights are zero", "`load_in_4bit`, its own `optim`"
     ),
     "matplotlib": Package("3.7", "3.6 puts no legend outside of the axes", "pictures"),
     "scipy": Package(

@@ -61,7 +61,12 @@ class TrainArguments:
         *("per_device_train_batch_size", "gradient_accumulation_steps"),  # global_batch_size stays
         *("per_device_eval_batch_size", "gradient_checkpointing", "torch_compile", "torch_compile_backend"),
     )
-    same_values: ClassVar = {"adamw_torch_fused": "adamw_torch", "offload": "keep"}  # of the same computation
+    # Of the same computation.
+    same_values: ClassVar = {
+        "adamw_torch_fused": "adamw_torch",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "offload": "keep",
+    }  # of the same computation
 
     per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
     per_device_eval_batch_size: int | None = option(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from support import NEEDS_8BIT_ON_CPU, reset_accelerate, tiny_config
 from support.runs import adapter_of, assert_same_adapter, cut_after, run_on_two_ranks
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -10,12 +11,11 @@ from transformers.training_args import OptimizerNames
 
 from ist.training.arguments import parse_training_arguments
 from ist.training.command_line import UsageError
-from ist.training.memory import StepCounter, storage_bytes
+from ist.training.memory import _bitsandbytes_state_bytes, storage_bytes
 from ist.training.prepare import make_optimizer
 from ist.training.train_arguments import (
     BITSANDBYTES_OPTIMIZERS,
     REFUSED_OPTIMIZERS,
-    SHARDED_OPTIMIZERS,
     TORCH_OPTIMIZERS,
 )
 
@@ -64,16 +64,22 @@ def test_a_plan_is_made(train, optim, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", SHARDED_OPTIMIZERS[2:])
-def test_two_sharded_ranks_go_on_as_one_process(train, arguments, tmp_path, optim):
-    options = {"optim": optim, "max_steps": 8, "save_steps": 4, "lora_dropout": 0}
+@pytest.mark.parametrize("keys", [{"optim": "sgd"}, {"optim": "rmsprop"}, {"loraplus_lr_ratio": 16}], ids=str)
+def test_two_sharded_ranks_go_on_as_one_process(train, arguments, tmp_path, keys):
+    options = {**keys, "max_steps": 8, "save_steps": 4, "lora_dropout": 0}
     assert train(output_dir=tmp_path / "whole", **options) == 0
     checkpoint = tmp_path / "whole/checkpoints/step_000004"
     options |= {"per_device_train_batch_size": 2, "resume_from_checkpoint": checkpoint, "output_dir": tmp_path / "two"}
     run_on_two_ranks("fsdp2", arguments(**options), tmp_path)
-    whole = adapter_of(tmp_path / "whole")
-    for name, tensor in adapter_of(tmp_path / "two").items():
-        assert torch.allclose(tensor, whole[name], rtol=1e-3, atol=1e-5)
+    # Of B, which was zero: how far it has come, by either way; and by the first four steps alone.
+    one, two, half = (
+        torch.cat([tensor.flatten() for name, tensor in sorted(load_file(file).items()) if "lora_B" in name])
+        for file in (
+            *(tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "two")),
+            checkpoint / "adapter.safetensors",
+        )
+    )
+    assert (one - two).norm() < 1e-3 * (one - half).norm()
 
 
 @pytest.mark.parametrize("optim", OF_BITSANDBYTES)
@@ -83,10 +89,9 @@ def test_a_plan_counts_the_state_of_bitsandbytes(optim):
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    trace = StepCounter.__new__(StepCounter)
-    trace.optimizer, trace.optim = None, optim
     state = {id(v): v for own in optimizer.state.values() for v in own.values() if isinstance(v, torch.Tensor)}
-    assert trace.state_bytes(parameters) == pytest.approx(storage_bytes(state.values()), abs=2 * 256 * 4)
+    counted = sum(_bitsandbytes_state_bytes(optim, parameter) for parameter in parameters)
+    assert counted == pytest.approx(storage_bytes(state.values()), abs=2 * 256 * 4)  # the tables that all share
 
 
 @pytest.mark.parametrize(
