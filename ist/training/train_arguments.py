@@ -66,7 +66,7 @@ class TrainArguments:
         "adamw_torch_fused": "adamw_torch",
         "adamw_bnb_8bit": "adamw_8bit",
         "offload": "keep",
-    }  # of the same computation
+    }
 
     per_device_train_batch_size: int = option(4, "Rows per micro-batch and process.")
     per_device_eval_batch_size: int | None = option(
