@@ -19,6 +19,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ist.evaluate.answers import Answers, answers_of, choices, question, task_name
+from ist.evaluate.row_losses import losses_of, read_loss_rows
 from ist.evaluate.scorer import (
     Scorer,
     ScorerArguments,
@@ -44,7 +45,7 @@ from ist.training.sources import find_sources
 
 @dataclass
 class EvaluateArguments(ScorerArguments):
-    free_keys = ("output_dir", "batch_size", "test_file", "perplexity_file", "column_mapping")
+    free_keys = ("output_dir", "batch_size", "test_file", "perplexity_file", "loss_file", "column_mapping")
 
     test_file: list[str] = field(
         default_factory=list,
@@ -54,6 +55,12 @@ class EvaluateArguments(ScorerArguments):
         default=None, metadata={"help": "Other names of columns, THEIRS=OURS: question=instruction."}
     )
     perplexity_file: list[str] = field(default_factory=list, metadata={"help": "Plain text to take the perplexity of."})
+    loss_file: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rows as train_ist.py takes them, to take the loss of each answer of; O/<stem>.losses.jsonl."
+        },
+    )
     scoring: Literal["generation", "likelihood"] = field(
         default="generation",
         metadata={"help": "likelihood: which of the choices, listed or in the column choices, is the most likely."},
@@ -69,8 +76,11 @@ class EvaluateArguments(ScorerArguments):
         for key in ("num_beams", "max_new_tokens", "max_rows"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
-        if not self.test_file and not self.perplexity_file:
-            raise UsageError("give --test_file FILE [FILE ...] or --perplexity_file FILE [FILE ...].")
+        if not self.test_file and not self.perplexity_file and not self.loss_file:
+            raise UsageError("give --test_file, --perplexity_file or --loss_file, each FILE [FILE ...].")
+        stems = Counter(Path(file).stem for file in self.loss_file)
+        if repeated := [stem for stem, count in stems.items() if count > 1]:
+            raise UsageError(f"--loss_file has more than one file named {repeated[0]}: evaluate one at a time.")
         names = Counter(task_name(file) for file in self.test_file)
         if repeated := [name for name, count in names.items() if count > 1]:
             raise UsageError(f"--test_file has more than one file of the task {repeated[0]}: evaluate one at a time.")
@@ -196,6 +206,8 @@ def as_table(summary: dict) -> str:
         lines.append(f"| {name:<14} | {task['rows']:5} | {task['accuracy']:8.1%} | {low:5.1%} – {high:5.1%} |")
     if summary["tasks"]:
         lines.append(f"| {'average':<14} |       | {summary['average']:8.1%} |               |")
+    for name, loss in summary["losses"].items():
+        lines.append(f"{name}: loss {loss['loss']:.4f} over {loss['tokens']} tokens of {loss['rows']} answers")
     for name, text in summary["perplexity"].items():
         lines.append(f"{name}: perplexity {text['perplexity']:.3f} over {text['tokens']} tokens")
     return "\n".join(lines if summary["tasks"] else lines[2:])
@@ -207,19 +219,23 @@ def main(argv: Sequence[str]) -> int:
     state, training = start(args)
     tasks = load_tasks(args)
     texts = {Path(file).stem: read_text("perplexity_file", file) for file in args.perplexity_file}
+    given = read_loss_rows(args, args.loss_file, column_mapping(args.column_mapping))
     output_dir = Path(args.output_dir)
     digests = digests_of(args, training)
     # Before, answers of chats went on after the end of a turn: not to be mixed with those of now.
     ends = {"stops": stop_ids(tokenizer_of(args), "chat")} if args.test_file and args.prompt_template == "chat" else {}
-    claim_folder(output_dir, deciding(args) | digests | ends, state, {task.name: task.digest() for task in tasks})
+    answered = {task.name: task.digest() for task in tasks} | {rows.stem: rows.digest() for rows in given}
+    claim_folder(output_dir, deciding(args) | digests | ends, state, answered)
     scorer = cache(partial(load_scorer, args, state.device))  # a finished evaluation loads no model
     results = {task.name: evaluate_task(task, scorer, args, state) for task in tasks}
     perplexity = {name: scorer().perplexity(text, args.max_length, state) for name, text in texts.items()}
+    losses = {rows.name: losses_of(rows, scorer, args, state) for rows in given}
     accuracies = [result["accuracy"] for result in results.values()]
     summary = {
         "tasks": results,
         "average": sum(accuracies) / len(accuracies) if accuracies else None,  # unweighted, as in the paper
         "perplexity": perplexity,
+        "losses": losses,
         "arguments": asdict(args) | digests,
         "training": training,
     }

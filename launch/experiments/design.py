@@ -1,8 +1,9 @@
 """The file of an experiment: its recipe, its arms, their tuning, and the pairs that are compared."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ class Arm:
         tune: {key: numbers}; all values of the first key are tried, then those of the next at the best of the first.
         tuned_as: the arm whose tuned values it takes, but for those that it sets itself.
         top_of: the arm whose tuning run names the layers of highest importance, which this one trains.
+        scores_of: {arm, factor}: the arm whose run measured the layers' effects, which are this one's oracle_scores: in
+            standard deviations over the layers, times factor.
+        seeds: its own; default: those of the experiment.
     """
 
     name: str
@@ -28,11 +32,27 @@ class Arm:
     tune: dict[str, list]
     tuned_as: str | None = None
     top_of: str | None = None
+    scores_of: dict[str, Any] | None = None
+    seeds: list[int] | None = None
+
+
+@dataclass
+class Hypothesis:
+    """Two arms that a question is answered by: the loss of the first less that of the second."""
+
+    asks: str
+    arms: list[str]
 
 
 @dataclass
 class Experiment:
-    """A file of launch/experiments/: recipe, arms, seeds, tuning, pairs to compare, keys of ist.evaluate."""
+    """A file of launch/experiments/: recipe, arms, seeds, tuning, pairs to compare, keys of ist.evaluate.
+
+    Attributes:
+        measure: validation: by train_ist.py, over steps, and seconds and bytes of each arm; rows: the loss of every
+            test row once, after training, by ist.evaluate.
+        margin: the difference of losses, in nats per token, that would matter.
+    """
 
     recipe: dict[str, Any]
     arms: dict[str, Arm]
@@ -42,6 +62,9 @@ class Experiment:
     split: dict[str, int]
     evaluate: dict[str, Any] | None
     answer_texts: bool  # answers in words instead of their labels
+    measure: str = "validation"
+    margin: float = 0.01
+    hypotheses: list[Hypothesis] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: str, only: Sequence[str] | None) -> "Experiment":
@@ -54,9 +77,10 @@ class Experiment:
             tuning = values["tuning"]
             arms = {}
             for name, settings in values["arms"].items():
-                extra = {key: settings.pop(key, None) for key in ("tune", "tuned_as", "top_of")}
-                grid = {} if extra["tuned_as"] else dict(tuning["grid"])
-                arms[name] = Arm(name, settings, grid | (extra["tune"] or {}), extra["tuned_as"], extra["top_of"])
+                own = ("tune", "tuned_as", "top_of", "scores_of", "seeds")
+                tune, tuned_as, *extra = [settings.pop(key, None) for key in own]
+                grid = {} if tuned_as else dict(tuning["grid"])
+                arms[name] = Arm(name, settings, grid | (tune or {}), tuned_as, *extra)
             experiment = cls(
                 values["recipe"],
                 arms,
@@ -66,6 +90,9 @@ class Experiment:
                 values["split"],
                 values.get("evaluate"),
                 values.get("answer_texts", False),
+                values.get("measure", "validation"),
+                values.get("margin", 0.01),
+                [Hypothesis(**one) for one in values.get("hypotheses", [])],
             )
             with reading(path, "like the files of launch/experiments/"):
                 _check(path, arms, experiment)
@@ -75,14 +102,27 @@ class Experiment:
             if isinstance(error, ConfigError):
                 raise
             raise UsageError(f"{path} is not like the files of launch/experiments/: {brief(error)}.") from error
-        wanted = list(only or arms)
+        return experiment._only(path, only or list(arms))
+
+    def _only(self, path: str, names: Sequence[str]) -> "Experiment":
+        """With these arms, and those that they take from."""
+        wanted = list(names)
         for name in wanted:  # grows as arms name others
-            if name not in arms:
-                raise UsageError(f"{path} has no arm {name!r}; it has {', '.join(arms)}.")
-            wanted += [other for other in (arms[name].tuned_as, arms[name].top_of) if other and other not in wanted]
-        experiment.arms = {name: arm for name, arm in arms.items() if name in wanted}
-        experiment.pairs = [pair for pair in experiment.pairs if set(pair) <= set(wanted)]
-        return experiment
+            if name not in self.arms:
+                raise UsageError(f"{path} has no arm {name!r}; it has {', '.join(self.arms)}.")
+            wanted += [other for other in taken_from(self.arms[name]) if other not in wanted]
+        arms = {name: arm for name, arm in self.arms.items() if name in wanted}
+        pairs = [pair for pair in self.pairs if set(pair) <= set(wanted)]
+        hypotheses = [one for one in self.hypotheses if set(one.arms) <= set(wanted)]
+        return replace(self, arms=arms, pairs=pairs, hypotheses=hypotheses)
+
+    def seeds_of(self, arm: Arm) -> list[int]:
+        return self.seeds if arm.seeds is None else arm.seeds
+
+
+def taken_from(arm: Arm) -> list[str]:
+    """The arms whose runs must be there before this one's."""
+    return [name for name in (arm.tuned_as, arm.top_of, (arm.scores_of or {}).get("arm")) if name]
 
 
 def _check(path: str, arms: dict[str, Arm], experiment: Experiment) -> None:
@@ -91,15 +131,21 @@ def _check(path: str, arms: dict[str, Arm], experiment: Experiment) -> None:
         value = getattr(experiment, key)
         if not isinstance(value, dict) and (key == "recipe" or value is not None):
             raise UsageError(f"{path}: {key} must hold `key: value` lines; got {value!r}.")
-    for one, two in experiment.pairs:
+    if experiment.measure not in ("validation", "rows"):
+        raise UsageError(f"{path}: measure must be validation or rows; got {experiment.measure!r}.")
+    if type(experiment.margin) not in (int, float) or not 0 < experiment.margin < math.inf:
+        raise UsageError(f"{path}: margin must be above 0; got {experiment.margin!r}.")
+    asked = [("pairs", pair) for pair in experiment.pairs]
+    for key, (one, two) in [*asked, *(("hypotheses", hypothesis.arms) for hypothesis in experiment.hypotheses)]:
         if missing := {one, two} - arms.keys():
-            raise UsageError(f"{path}: pairs has no arm {missing.pop()!r}; it has {', '.join(arms)}.")
+            raise UsageError(f"{path}: {key} has no arm {missing.pop()!r}; it has {', '.join(arms)}.")
     _check_names(path, list(arms))
     for arm in arms.values():
         _check_arm(path, arm, arms)
-    whole = isinstance(experiment.seeds, list) and all(isinstance(seed, int) for seed in experiment.seeds)
-    if not whole or not experiment.seeds or experiment.tuning_seed in experiment.seeds:
-        raise UsageError(f"{path}: seeds must be a list of numbers without that of tuning; got {experiment.seeds}.")
+    for seeds in (experiment.seeds, *(experiment.seeds_of(arm) for arm in arms.values())):
+        whole = isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)
+        if not whole or not seeds or experiment.tuning_seed in seeds:
+            raise UsageError(f"{path}: seeds must be a list of numbers without that of tuning; got {seeds}.")
     sizes = experiment.split.values() if isinstance(experiment.split, dict) else ()
     if set(experiment.split) != {"test", "tuning"} or not all(type(size) is int and size > 0 for size in sizes):
         raise UsageError(f"{path}: split must name test and tuning rows; got {experiment.split}.")
@@ -135,6 +181,8 @@ def _check_arm(path: str, arm: Arm, arms: dict[str, Arm]) -> None:
             raise UsageError(f"{path}: {arm.name} cannot be {key} {other.name}, which takes from another arm itself.")
         if other and key == "top_of" and "ist" not in other.settings.get("selection", "ist"):
             raise UsageError(f"{path}: {arm.name} cannot be top_of {other.name}, which learns no importance.")
+    if arm.scores_of is not None:
+        _check_scores_of(path, arm, arms)
     lists = {key: many if isinstance(many, list) else [many] for key, many in arm.tune.items()}
     for key, value in [*arm.settings.items(), *((name, value) for name in lists for value in lists[name])]:
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
@@ -144,6 +192,17 @@ def _check_arm(path: str, arm: Arm, arms: dict[str, Arm]) -> None:
             raise UsageError(f"{path}: {arm.name} sets {key} and tunes it; set it in an arm with tuned_as.")
         if not isinstance(many, list) or not many or not all(type(value) in (int, float) for value in many):
             raise UsageError(f"{path}: {arm.name} can tune {key} over a list of numbers only; got {many}.")
+
+
+def _check_scores_of(path: str, arm: Arm, arms: dict[str, Arm]) -> None:
+    given = arm.scores_of
+    whole = isinstance(given, dict) and given.keys() == {"arm", "factor"} and type(given["factor"]) in (int, float)
+    other = arms.get(given["arm"]) if whole else None
+    if other is None or other.settings.get("score_rule") != "expected" or other.scores_of:
+        raise UsageError(
+            f"{path}: {arm.name}: scores_of must be {{arm: NAME, factor: NUMBER}}, of an arm with score_rule expected, "
+            f"which measures effects; got {given!r}."
+        )
 
 
 def slug(values: dict[str, Any]) -> str:

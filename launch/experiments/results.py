@@ -6,7 +6,7 @@ experiment.json      recipe, data, tuning trials, and of each arm its settings, 
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,27 @@ import torch
 
 from ist.benchmark.arms import WINDOW, arguments_of
 from ist.benchmark.speed import ratio_of, take_turns
+from ist.instruments import effective_layers
 from ist.report.tables import joined, listed
 from ist.training.command_line import UsageError
-from ist.training.files import IMPORTANCE, METRICS, keep_lines, read_lines, read_object, reading, write_json, writing
+from ist.training.files import (
+    IMPORTANCE,
+    METRICS,
+    file_digest,
+    keep_lines,
+    read_lines,
+    read_object,
+    reading,
+    write_json,
+    write_text,
+    writing,
+)
 from ist.training.memory import SavedByLayer, counting
 from ist.training.model import plan_layers
 from ist.training.peft_config import make_peft_config
 from ist.training.record import read_run
-from launch.experiments.design import file_stem
+from launch.experiments.design import Arm, file_stem
+from launch.experiments.runner import Runner
 
 SUMMARY = "experiment.json"
 TIMED_AT_ONCE = 3  # arms that are timed together with the first one: all are in memory
@@ -38,7 +51,7 @@ def write_results(folder: Path, summary: dict[str, Any], runs: Sequence[dict[str
         folder.mkdir(parents=True, exist_ok=True)
     names = {run_name(run["arm"], run["seed"]): run for run in runs}
     for name, run in names.items():
-        write_json(folder / name, run)
+        write_result(folder, run) if "row_losses" in run else write_json(folder / name, run)
     write_json(folder / SUMMARY, summary)
     for file in folder.glob("*.json"):
         if file.name not in (SUMMARY, *names):
@@ -56,11 +69,89 @@ def read_results(folder: Path) -> dict[str, Any]:
     results = read_object(folder / SUMMARY)
     with reading(folder, "a folder with the results of an experiment"):
         for name, arm in results["arms"].items():
-            files = [folder / run_name(name, seed) for seed in results["seeds"]]
+            files = [folder / run_name(name, seed) for seed in arm.get("seeds", results["seeds"])]
             if missing := [file for file in files if not file.exists()]:
                 raise UsageError(f"{folder} holds no whole results of an experiment: no {missing[0].name}.")
             arm["runs"] = [read_object(file) for file in files]
         return results | joined([run for arm in results["arms"].values() for run in arm["runs"]])
+
+
+def finish_run(runner: Runner, inputs: dict[str, str], folders: Sequence[Path]) -> Callable[..., dict[str, Any]]:
+    """A function of (arm, keys of a run) that does the run and writes its result into `folders`, as soon as it is
+    there; a result that one of them has, of the same keys and inputs, is taken from there.
+
+    Args:
+        inputs: {name: digest} of what the run reads.
+    """
+
+    def finish(arm: Arm, flags: dict[str, Any]) -> dict[str, Any]:
+        own = dict(inputs)
+        if arm.scores_of:
+            own["oracle_scores"] = file_digest(Path(arm.settings["oracle_scores"]))
+        result = known_result(arm.name, flags, own, folders)
+        if result is None:
+            runner.run(flags, f"seed {flags['seed']}")
+            result = row_result(arm.name, flags) | {"inputs": own}
+        for folder in folders:
+            write_result(folder, result)
+        return result
+
+    return finish
+
+
+def configuration_of(flags: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a run without the names of files."""
+    return {key: value for key, value in flags.items() if not isinstance(value, Path) and key != "oracle_scores"}
+
+
+def known_result(
+    arm: str, flags: dict[str, Any], inputs: dict[str, str], folders: Sequence[Path]
+) -> dict[str, Any] | None:
+    """
+    Raises:
+        UsageError: a folder has a result of this arm and seed that was made otherwise.
+    """
+    for file in (folder / run_name(arm, flags["seed"]) for folder in folders):
+        if not file.exists():
+            continue
+        result, now = read_object(file), {"configuration": configuration_of(flags), "inputs": inputs}
+        for kind, values in now.items():
+            there = result.get(kind) or {}
+            if other := sorted(key for key in values.keys() | there.keys() if values.get(key) != there.get(key)):
+                raise UsageError(f"{file} is the result of another {', '.join(other)}: remove it, or rename the arm.")
+        return result
+    return None
+
+
+def row_result(arm: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """The result of a finished run whose test rows were measured one by one."""
+    run = Path(flags["output_dir"])
+    result, _ = result_of(arm, flags)
+    record, lines = read_run(run), read_lines(run / "evaluation" / "test.losses.jsonl")
+    updates = read_lines(run / IMPORTANCE)
+    seconds = [line["step_seconds"] for line in read_lines(run / METRICS) if "step_seconds" in line]
+    with reading(run, "a run with the losses of its test rows"):
+        tokens = [line["tokens"] for line in lines]
+        loss = sum(line["loss"] for line in lines) / sum(tokens)
+        result |= {
+            **{"configuration": configuration_of(flags), "folder": run.name},
+            **{"global_batch_size": record["configuration"]["global_batch_size"]},
+            **{"validation": [[record["steps"], loss]], "effective_layers": effective_layers(record["trained_counts"])},
+            **{"seconds_of_steps": round(sum(seconds), 1)},
+            **{"row_losses": [round(line["loss"], 3) for line in lines], "row_tokens": tokens},
+        }
+    if measured := [update["effects"] for update in updates if "effects" in update]:
+        # Of each update as it sees the layers one against another: later ones are smaller, as the loss is.
+        shares = [[(e - statistics.mean(one)) / statistics.pstdev(one) for e in one] for one in measured]
+        result["effects"] = [round(statistics.mean(layer), 4) for layer in zip(*shares, strict=True)]
+    return result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """A line for each key: some of the values are long lists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in result.items())
+    write_text(folder / run_name(result["arm"], result["seed"]), "{\n" + lines + "\n}\n")
 
 
 def bytes_by_part(flags: dict[str, Any], trained: Sequence[Sequence[int]], tokens: float) -> dict[str, float]:
@@ -149,13 +240,12 @@ def measure_seconds(file: Path, arms: dict[str, dict[str, Any]]) -> dict[str, di
     }
 
 
-def global_batch_size(runs: Sequence[dict]) -> int:
-    """The one that all runs had.
+def the_same(sizes: set[int]) -> int:
+    """The global batch size that all runs had.
 
     Raises:
         UsageError: they differ, so that the runs cannot be compared.
     """
-    sizes = {run["configuration"]["global_batch_size"] for run in runs}
     if len(sizes) > 1:
         raise UsageError(f"runs differ in global_batch_size ({listed(sizes)}): choose another --output_dir.")
-    return sizes.pop()
+    return next(iter(sizes))

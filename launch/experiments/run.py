@@ -12,7 +12,7 @@ import json
 import shlex
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,23 @@ quiet_known_warnings()
 from ist.benchmark.arms import arguments_of
 from ist.report.tables import insert_table, listed, require_place
 from ist.training.command_line import UsageError, command, parse_arguments, require, run_command
-from ist.training.files import read_object, write_text
+from ist.training.files import model_digest, read_object, write_text
 from ist.training.model import plan_layers
 from ist.training.record import read_run, require_writable
 from launch.experiments.design import Experiment
 from launch.experiments.results import (
     SUMMARY,
     bytes_by_part,
-    global_batch_size,
+    finish_run,
     measure_seconds,
     read_results,
     result_of,
+    the_same,
     write_results,
 )
 from launch.experiments.rows import write_parts
-from launch.experiments.runner import ROOT, Runner, Where, middle, train_all
-from launch.experiments.tables import draw, experiment_table, tuning_table
+from launch.experiments.runner import ROOT, Runner, Where, middle, train_all, train_by_seed
+from launch.experiments.tables import draw, table_of, tuning_table
 
 
 def _for_runs(path: str) -> str:
@@ -82,11 +83,12 @@ class ExperimentArguments:
         self.output_dir = _for_runs(self.output_dir)
 
 
-def run_arms(runner: Runner, facts: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_arms(runner: Runner, facts: dict[str, Any], folders: Sequence[Path]) -> tuple[dict, list[dict[str, Any]]]:
     """Train and time the arms; (experiment.json, results of all runs).
 
     Args:
         facts: of all arms.
+        folders: where results are kept.
 
     Raises:
         UsageError: the runs cannot be compared, or one failed.
@@ -94,38 +96,65 @@ def run_arms(runner: Runner, facts: dict[str, Any]) -> tuple[dict[str, Any], lis
     experiment, arms = runner.experiment, runner.experiment.arms
     before = signal.signal(signal.SIGTERM, runner.stop)
     try:
-        if experiment.evaluate:
+        if runner.evaluates:
             runner.evaluate(None)
         tuned, trials = train_all(runner, arms, experiment.seeds)
+        if experiment.measure == "rows":
+            inputs = {**facts["data"], "model": model_digest(runner.where.model_name_or_path)}
+            by_arm = train_by_seed(runner, tuned, finish_run(runner, inputs, folders))
     finally:
         signal.signal(signal.SIGTERM, before)
-    flags = {name: [runner.flags(arm, tuned[name], seed) for seed in experiment.seeds] for name, arm in arms.items()}
+    entries = {
+        name: {"settings": arm.settings, "tuned": tuned[name], "tuned_as": arm.tuned_as, "top_of": arm.top_of}
+        | ({"seeds": arm.seeds} if arm.seeds else {})
+        for name, arm in arms.items()
+    }
+    if experiment.measure == "rows":
+        runs = [run for several in by_arm.values() for run in several]
+        batch = {run["global_batch_size"] for run in runs}
+    else:
+        runs, batch = add_costs(runner, entries)
+    base: dict[str, Any] = {}
+    if runner.evaluates:
+        summary = read_object(runner.folder / "base" / "summary.json")
+        base |= {"exact": summary["average"]} if experiment.evaluate else {}
+    base["validation"] = (
+        runs[0]["validation"][0][1] if experiment.measure != "rows" else summary["losses"]["test"]["loss"]
+    )
+    return {
+        **facts,
+        "global_batch_size": the_same(batch),
+        "tuning_commit": listed(one["commit"] for one in trials if one["commit"]),
+        "seeds": experiment.seeds,
+        "base": base,
+        "pairs": experiment.pairs,
+        "arms": entries,
+        "trials": trials,
+    }, runs
+
+
+def add_costs(runner: Runner, entries: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], set[int]]:
+    """(results of all runs, their global batch sizes); seconds and bytes of each arm go into its entry."""
+    experiment, arms = runner.experiment, runner.experiment.arms
+    flags = {
+        name: [runner.flags(arm, entries[name]["tuned"], seed) for seed in experiment.seeds]
+        for name, arm in arms.items()
+    }
     finals = [read_run(Path(one["output_dir"])) for several in flags.values() for one in several]
-    record, runs, entries = finals[0]["configuration"], [], {}
-    for name, arm in arms.items():
+    record, runs = finals[0]["configuration"], []
+    for name in arms:
         found = [result_of(name, one) for one in flags[name]]
         layers = [layers for _, trained in found for layers in trained]
         sizes = bytes_by_part(flags[name][0], layers, record["train_tokens"] / record["train_rows"])
         unmasked = read_run(Path(flags[name][0]["output_dir"])).get("id3")
         if unmasked:  # whose moments are kept with their positions, 16 bytes each
             sizes["optimizer"] = 16 * unmasked["unmasked"]
-        entries[name] = {"settings": arm.settings, "tuned": tuned[name], "tuned_as": arm.tuned_as}
-        entries[name] |= {"top_of": arm.top_of, "bytes": sizes}
+        entries[name]["bytes"] = sizes
         runs += [result for result, _ in found]
     timed = measure_seconds(runner.where.output_dir / "seconds.jsonl", {name: one[0] for name, one in flags.items()})
-    base: dict[str, Any] = {"validation": runs[0]["validation"][0][1]}
-    if experiment.evaluate:
-        base["exact"] = read_object(runner.folder / "base" / "summary.json")["average"]
-    return {
-        **facts,
-        "global_batch_size": global_batch_size(finals),
-        "tuning_commit": listed(one["commit"] for one in trials if one["commit"]),
-        "seeds": experiment.seeds,
-        "base": base,
-        "pairs": experiment.pairs,
-        "arms": {name: entry | timed[name] for name, entry in entries.items()},
-        "trials": trials,
-    }, runs
+    for name, entry in entries.items():
+        entry |= timed[name]
+    return runs, {run["configuration"]["global_batch_size"] for run in finals}
 
 
 def require_all_arms(published: Path, experiment: Experiment) -> None:
@@ -151,6 +180,9 @@ def facts_of(args: ExperimentArguments, experiment: Experiment, files: dict[str,
         "test_rows": len(json.loads(files["test"].read_text())),
         "text": all(file.endswith(".txt") for file in args.train_file),
         "scoring": (experiment.evaluate or {}).get("scoring", "generation"),
+        "measure": experiment.measure,
+        "margin": experiment.margin,
+        "hypotheses": [asdict(hypothesis) for hypothesis in experiment.hypotheses],
     }
 
 
@@ -167,16 +199,19 @@ def main(argv: Sequence[str]) -> int:
     arms = experiment.arms
     for arm in arms.values():  # a bad arm is refused before the first is run
         first = {key: middle(values) for key, values in (arms[arm.tuned_as] if arm.tuned_as else arm).tune.items()}
+        flags = runner.flags(replace(arm, top_of=None), first, 0)
+        if arm.scores_of:  # which are not measured yet
+            flags["selection"] = "random"
         try:
-            plan_layers(arguments_of(runner.flags(replace(arm, top_of=None), first, 0)), sharded=False)
+            plan_layers(arguments_of(flags), sharded=False)
         except UsageError as error:
             raise UsageError(f"{args.experiment}, {arm.name}: {error}") from error
-    summary, runs = run_arms(runner, facts_of(args, experiment, files))
-    summary["command"] = "python -m launch.experiments.run " + shlex.join(argv)
     targets = [folder / "results", *([Path(args.publish)] if args.publish else [])]
+    summary, runs = run_arms(runner, facts_of(args, experiment, files), targets)
+    summary["command"] = "python -m launch.experiments.run " + shlex.join(argv)
     for target in targets:
         write_results(target, summary, runs)
-    table = experiment_table(folder / "results")
+    table = table_of(folder / "results")
     print(table)
     if args.readme:
         insert_table(Path(args.readme), Path(args.publish).name, table)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,9 +19,9 @@ from ist.benchmark.arms import arguments_of, as_argv
 from ist.config import ISTConfig
 from ist.training.command_line import UsageError
 from ist.training.continuing import adapter_digest
-from ist.training.files import IMPORTANCE, model_digest, read_lines, read_object
+from ist.training.files import IMPORTANCE, model_digest, read_lines, read_object, write_json
 from ist.training.record import differing_keys, read_run
-from launch.experiments.design import Arm, Experiment, slug
+from launch.experiments.design import Arm, Experiment, file_stem, slug
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,11 +57,14 @@ class Runner:
     def flags(self, arm: Arm, values: dict[str, Any], seed: int) -> dict[str, Any]:
         """The keys of one run; the reported loss is that of rows which no tuning has seen."""
         part = "tuning" if seed == self.experiment.tuning_seed else "test"
+        by_row = self.experiment.measure == "rows" and part == "test"
         named = values | ({"fixed_layers": ",".join(map(str, arm.settings["fixed_layers"]))} if arm.top_of else {})
         where = self.folder / arm.name.replace(" ", "_") / f"{slug(named)}-seed={seed}"
         own = {"seed": seed, "validation_file": self.files[part], "output_dir": where}
-        if part == "tuning":
+        if part == "tuning" or by_row:
             own["eval_steps"] = None  # of a trial only the end counts
+        if by_row:
+            own["validation_file"] = None
         flags = {**self.base, **arm.settings, **values, **own, "logging_steps": 1, "report_to": "none"}
         return {key: value for key, value in flags.items() if value is not None}
 
@@ -77,7 +81,8 @@ class Runner:
             raise
         name = Path(flags["output_dir"]).relative_to(self.folder)
         loss = run.get("final_validation_loss")
-        print(f"{label}  {name}  " + (f"validation loss {loss:.4f}" if loss is not None else run["error"]), flush=True)
+        ended = f"after {run['steps']} steps" if run["status"] == "finished" else run["error"]
+        print(f"{label}  {name}  " + (ended if loss is None else f"validation loss {loss:.4f}"), flush=True)
         return run
 
     def stop(self, *_: Any) -> None:
@@ -110,17 +115,24 @@ class Runner:
                 differing += f"{', ' if differing else ''}{key} ({run['configuration'][key]} there, {asked[key]} here)"
         if differing:
             raise UsageError(f"{where} holds a run of another configuration: {differing}. Choose another --output_dir.")
-        if self.experiment.evaluate and flags["validation_file"] == self.files["test"]:
+        if self.evaluates and flags["seed"] != self.experiment.tuning_seed:
             self.evaluate(where)
         return run
 
+    @property
+    def evaluates(self) -> bool:
+        return self.experiment.evaluate is not None or self.experiment.measure == "rows"
+
     def evaluate(self, run: Path | None) -> None:
-        """Answers of a run's result on the test rows, or of the base model."""
+        """Answers of a run's result on the test rows, or of the base model; or the loss of each."""
         where = run / "evaluation" if run else self.folder / "base"
         tests = [file for name, file in self.files.items() if name.startswith("test/")] or [self.files["test"]]
-        values = {"model_name_or_path": self.where.model_name_or_path, "test_file": tests}
+        keys = self.experiment.evaluate or {}
+        values = {"model_name_or_path": self.where.model_name_or_path, "test_file": tests if keys else None}
+        if self.experiment.measure == "rows":
+            values |= {"loss_file": self.files["test"], "max_length": self.base.get("max_length", 256)}
         values |= {"prompt_template": self.base.get("prompt_template", "alpaca"), "output_dir": where}
-        values |= {"dtype": self.base.get("dtype", "auto"), **self.experiment.evaluate}
+        values |= {"dtype": self.base.get("dtype", "auto"), **keys}
         if run and (run / "adapter").exists():
             values["adapter"] = run / "adapter"
         elif run:
@@ -128,13 +140,14 @@ class Runner:
         if (where / "summary.json").exists():
             there = read_object(where / "summary.json").get("arguments")
             there = there if isinstance(there, dict) else {}
-            if any(there.get(key) != value for key, value in self.experiment.evaluate.items()):
+            if any(there.get(key) != value for key, value in keys.items()):
                 raise UsageError(f"{where} holds answers of another `evaluate`: remove it.")
             now = {"model_digest": self.model_digest(str(values["model_name_or_path"]))}
             now["adapter_digest"] = adapter_digest(values.get("adapter"))
             if differing := [key for key, value in now.items() if there.get(key) != value]:
                 raise UsageError(f"{where} holds answers of another {', '.join(differing)}: remove it.")
             return
+        values = {key: value for key, value in values.items() if value is not None}
         self._process(["-m", "ist.evaluate", *as_argv(values)], where)
 
     def _process(self, argv: list[str], where: Path, may_fail: Callable[[], bool] = lambda: False) -> None:
@@ -174,8 +187,13 @@ def lowest(tried: dict[float, float]) -> float:
 
 
 def tune_arm(runner: Runner, arm: Arm) -> tuple[dict[str, float], list[dict]]:
-    """(its tuned values, every trial): a grid key by key, the others at the best so far or the middle of their list."""
+    """(its tuned values, every trial): a grid key by key, the others at the best so far or the middle of their list.
+
+    Where there is one value of each there is nothing to try."""
     best, trials = {key: middle(values) for key, values in arm.tune.items()}, []
+    named = any(other.top_of == arm.name for other in runner.experiment.arms.values())
+    if runner.experiment.measure == "rows" and not named and all(len(values) == 1 for values in arm.tune.values()):
+        return best, trials
     for key, values in arm.tune.items():
         tried: dict[float, float] = {}
         for value in values:
@@ -201,7 +219,8 @@ def top_layers(runner: Runner, arm: Arm, tuned: dict[str, float], count: str | i
 def train_all(
     runner: Runner, arms: dict[str, Arm], seeds: Sequence[int]
 ) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """Tune every arm and train it on all seeds; ({arm: its tuned values}, every trial of tuning).
+    """Tune every arm and train it on all seeds; ({arm: its tuned values}, every trial of tuning). An experiment that
+    measures rows is only tuned here.
 
     Every arm goes on by itself, as soon as it has the values of the arm that it depends on, and a device is free.
     """
@@ -223,6 +242,8 @@ def train_all(
             except BaseException as error:
                 tuned[arm.name].set_exception(error)
                 raise
+            if runner.experiment.measure == "rows":  # by train_by_seed
+                return []
             return [pool.submit(runner.run, runner.flags(arm, values, seed), f"seed {seed}") for seed in seeds]
 
         started = [pool.submit(tune_and_train, arm) for arm in arms.values()]
@@ -231,3 +252,41 @@ def train_all(
     found = {name: future.result() for name, future in tuned.items()}
     trials = [one for _, trials in found.values() for one in trials]
     return {name: values for name, (values, _) in found.items()}, trials
+
+
+def train_by_seed(
+    runner: Runner, tuned: dict[str, dict[str, float]], finish: Callable[[Arm, dict[str, Any]], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """{arm: what `finish` makes of each run, by seed}: the first seed of all arms, then the next, so that what a stop
+    leaves can be compared; before these the arms whose effects are the scores of others.
+
+    Args:
+        finish: does a run, if it is not known, by its arm and keys.
+    """
+    experiment, arms = runner.experiment, runner.experiment.arms
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    given = {arm.scores_of["arm"] for arm in arms.values() if arm.scores_of}
+    for group in (given, arms.keys() - given):
+        for arm in (arms[name] for name in arms if name in group and arms[name].scores_of):
+            (first, *_) = found[arm.scores_of["arm"]]
+            arm.settings["oracle_scores"] = write_scores(runner, arm, first["effects"])
+        several = {name: experiment.seeds_of(arms[name]) for name in arms if name in group}
+        order = [(i, name) for i in range(max(map(len, several.values()), default=0)) for name in several]
+        with ThreadPoolExecutor(runner.jobs) as pool:
+            futures = [
+                (name, pool.submit(finish, arms[name], runner.flags(arms[name], tuned[name], several[name][i])))
+                for i, name in order
+                if i < len(several[name])
+            ]
+            for name, future in futures:
+                found[name].append(future.result())
+    return found
+
+
+def write_scores(runner: Runner, arm: Arm, effects: Sequence[float]) -> str:
+    """The file of an arm's oracle_scores: effects in standard deviations over the layers, times the arm's factor."""
+    mean, sd = statistics.mean(effects), statistics.pstdev(effects)
+    file = runner.where.output_dir / "scores" / f"{file_stem(arm.name)}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, [round(arm.scores_of["factor"] * (effect - mean) / sd, 4) for effect in effects])
+    return str(file)

@@ -20,6 +20,7 @@ from ist.training.figures import drawn, plot_importance_panels
 from ist.training.files import reading
 from launch.experiments.results import SUMMARY, read_results
 from launch.experiments.runner import lowest
+from launch.experiments.verdicts import draw_rows, is_by_rows, rows_table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,6 +92,12 @@ def experiment_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def table_of(folder: Path) -> str:
+    """The table of a folder of results: with costs, or of rows with verdicts."""
+    results = read_results(folder)
+    return rows_table(results) + "\n\n" + where_and_when(results) if is_by_rows(results) else experiment_table(folder)
+
+
 def where_and_when(results: dict[str, Any]) -> str:
     """Date, commit and hardware of the runs, whenever their table is made."""
     hardware = ", ".join(f"{key} {value}" for key, value in results["hardware"].items())
@@ -118,6 +125,8 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 
     Those that were drawn; why another was not is a line on stderr.
     """
+    if is_by_rows(results):
+        return draw_rows(results, folder)
     learned = {name: arm["runs"][0]["updates"] for name, arm in results["arms"].items() if arm["runs"][0]["updates"]}
     curves, importance = folder / "curves.png", folder / "importance.png"
     pictures = [curves] if drawn(curves, plot_arms, curves, results["arms"]) else []
@@ -139,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
         if args.readme:
             require_place(args.readme, folder.name)
         with reading(folder, "a folder with the results of an experiment"):
-            table = experiment_table(folder)
+            table = table_of(folder)
         print(table)
         if args.readme:
             insert_table(args.readme, folder.name, table)

@@ -67,7 +67,8 @@ def test_a_best_value_at_an_end_of_the_grid_is_marked():
 
 def test_an_arms_own_settings_win_over_values_taken_over(tmp_path):
     ours, done = object.__new__(runner.Runner), []
-    ours.experiment, ours.folder, ours.base = SimpleNamespace(tuning_seed=100), tmp_path, {"max_steps": 6}
+    ours.experiment = SimpleNamespace(tuning_seed=100, measure="validation", arms={})
+    ours.folder, ours.base = tmp_path, {"max_steps": 6}
     ours.files = {"tuning": "tuning.json", "test": "test.json"}
     ours.run = lambda flags, label: (
         done.append(flags) or {**{"final_validation_loss": abs(flags["score_lr"] - 10), "commit": None}}
@@ -252,4 +253,6 @@ def test_the_files_that_come_along_are_experiments(file):
     for arm in read.arms.values():
         flags = read.recipe | arm.settings | {key: values[0] for key, values in arm.tune.items()}
         flags |= {"model_name_or_path": "m", "train_file": "f", "report_to": "none"}
+        if arm.scores_of:  # a file that another arm's run makes
+            flags["oracle_scores"] = "scores.json"
         arguments_of(flags)
