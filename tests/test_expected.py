@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import ROOT, read_lines
 from support.importance import effective_without_effect, noise_table
+from support.planted import updates_until_found
 from test_tuner import Planted
 from torch import nn
 
@@ -284,3 +285,16 @@ def test_values_that_do_not_fit_are_refused(train, options, message):
 
     with pytest.raises(UsageError, match=message):
         train(**options)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "found"),
+    [
+        ([[0, 1, 2]] * 3, 1),
+        ([[0, 1, 3], [0, 1, 2], [2, 1, 0]], 2),
+        ([[0, 1, 2], [0, 1, 3], [2, 1, 0]], 3),
+        ([[0, 1, 2], [0, 1, 2], [2, 1, 3]], None),
+    ],
+)
+def test_updates_until_planted_layers_are_found(ranks, found):
+    assert updates_until_found(ranks, 9) == found

@@ -77,7 +77,9 @@ class EvaluateArguments(ScorerArguments):
             value = getattr(self, key)
             require(value is None or value >= 1, key, "1 or more", value)
         if not self.test_file and not self.perplexity_file and not self.loss_file:
-            raise UsageError("give --test_file, --perplexity_file or --loss_file, each FILE [FILE ...].")
+            raise UsageError(
+                "give --test_file FILE [FILE ...], --perplexity_file FILE [FILE ...] or --loss_file FILE [FILE ...]."
+            )
         stems = Counter(Path(file).stem for file in self.loss_file)
         if repeated := [stem for stem, count in stems.items() if count > 1]:
             raise UsageError(f"--loss_file has more than one file named {repeated[0]}: evaluate one at a time.")

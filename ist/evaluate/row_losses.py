@@ -46,8 +46,8 @@ def read_loss_rows(args: ScorerArguments, files: Sequence[str], mapping: dict[st
         encoded, lengths = encode_rows(read, "loss_file", template, tokenizer, args.max_length, True)
         if lengths.dropped:
             raise UsageError(
-                f"--loss_file {file}: {lengths.dropped} rows have nothing of their answer within --max_length "
-                f"{args.max_length}. Raise --max_length."
+                f"--loss_file {file}: {lengths.dropped} of {len(read)} rows have nothing of their answer within "
+                f"--max_length {args.max_length}. Raise --max_length."
             )
         found.append(LossRows(Path(file).stem, encoded))
     return found

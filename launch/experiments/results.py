@@ -45,14 +45,18 @@ def run_name(arm: str, seed: int) -> str:
     return f"{file_stem(arm)}-{seed}.json"
 
 
-def write_results(folder: Path, summary: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
-    """Write a folder of results; files of runs that are not among `runs` are removed."""
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SUMMARY, summary)
+
+
+def write_results(folder: Path, summary: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
+    """Write a folder of results; files of runs that are not among `runs` are removed."""
+    write_summary(folder, summary)
     names = {run_name(run["arm"], run["seed"]): run for run in runs}
     for name, run in names.items():
         write_result(folder, run) if "row_losses" in run else write_json(folder / name, run)
-    write_json(folder / SUMMARY, summary)
     for file in folder.glob("*.json"):
         if file.name not in (SUMMARY, *names):
             file.unlink()
@@ -60,6 +64,8 @@ def write_results(folder: Path, summary: dict[str, Any], runs: Sequence[dict[str
 
 def read_results(folder: Path) -> dict[str, Any]:
     """experiment.json, its arms with their `runs` by seed, and the joined facts (date, commit, hardware, versions).
+
+    Of an experiment that measures rows, whose results are written run by run, those that are there.
 
     Raises:
         UsageError: no folder of results, or the file of a run is missing.
@@ -70,10 +76,15 @@ def read_results(folder: Path) -> dict[str, Any]:
     with reading(folder, "a folder with the results of an experiment"):
         for name, arm in results["arms"].items():
             files = [folder / run_name(name, seed) for seed in arm.get("seeds", results["seeds"])]
+            if results.get("measure") == "rows":
+                files = [file for file in files if file.exists()]
             if missing := [file for file in files if not file.exists()]:
                 raise UsageError(f"{folder} holds no whole results of an experiment: no {missing[0].name}.")
             arm["runs"] = [read_object(file) for file in files]
-        return results | joined([run for arm in results["arms"].values() for run in arm["runs"]])
+        runs = [run for arm in results["arms"].values() for run in arm["runs"]]
+        if not runs:
+            raise UsageError(f"{folder} holds no results of an experiment yet: no run is finished.")
+        return results | joined(runs)
 
 
 def finish_run(runner: Runner, inputs: dict[str, str], folders: Sequence[Path]) -> Callable[..., dict[str, Any]]:

@@ -36,6 +36,7 @@ from launch.experiments.results import (
     result_of,
     the_same,
     write_results,
+    write_summary,
 )
 from launch.experiments.rows import write_parts
 from launch.experiments.runner import ROOT, Runner, Where, middle, train_all, train_by_seed
@@ -94,43 +95,40 @@ def run_arms(runner: Runner, facts: dict[str, Any], folders: Sequence[Path]) -> 
         UsageError: the runs cannot be compared, or one failed.
     """
     experiment, arms = runner.experiment, runner.experiment.arms
+    base, by_rows = {}, experiment.measure == "rows"
     before = signal.signal(signal.SIGTERM, runner.stop)
     try:
         if runner.evaluates:
             runner.evaluate(None)
+            measured = read_object(runner.folder / "base" / "summary.json")
+            base |= {"exact": measured["average"]} if experiment.evaluate else {}
+            base |= {"validation": measured["losses"]["test"]["loss"]} if by_rows else {}
         tuned, trials = train_all(runner, arms, experiment.seeds)
-        if experiment.measure == "rows":
+        entries = {
+            name: {"settings": {**arm.settings}, "tuned": tuned[name], "tuned_as": arm.tuned_as, "top_of": arm.top_of}
+            | ({"scores_of": arm.scores_of} if arm.scores_of else {})
+            | ({"seeds": arm.seeds} if arm.seeds else {})
+            for name, arm in arms.items()
+        }
+        summary = {
+            **facts,
+            "tuning_commit": listed(one["commit"] for one in trials if one["commit"]),
+            **{"seeds": experiment.seeds, "base": base, "pairs": experiment.pairs, "arms": entries, "trials": trials},
+        }
+        if by_rows:
+            for folder in folders:  # so that the results which a stop leaves have a table
+                write_summary(folder, summary)
             inputs = {**facts["data"], "model": model_digest(runner.where.model_name_or_path)}
             by_arm = train_by_seed(runner, tuned, finish_run(runner, inputs, folders))
     finally:
         signal.signal(signal.SIGTERM, before)
-    entries = {
-        name: {"settings": arm.settings, "tuned": tuned[name], "tuned_as": arm.tuned_as, "top_of": arm.top_of}
-        | ({"seeds": arm.seeds} if arm.seeds else {})
-        for name, arm in arms.items()
-    }
-    if experiment.measure == "rows":
+    if by_rows:
         runs = [run for several in by_arm.values() for run in several]
         batch = {run["global_batch_size"] for run in runs}
     else:
         runs, batch = add_costs(runner, entries)
-    base: dict[str, Any] = {}
-    if runner.evaluates:
-        summary = read_object(runner.folder / "base" / "summary.json")
-        base |= {"exact": summary["average"]} if experiment.evaluate else {}
-    base["validation"] = (
-        runs[0]["validation"][0][1] if experiment.measure != "rows" else summary["losses"]["test"]["loss"]
-    )
-    return {
-        **facts,
-        "global_batch_size": the_same(batch),
-        "tuning_commit": listed(one["commit"] for one in trials if one["commit"]),
-        "seeds": experiment.seeds,
-        "base": base,
-        "pairs": experiment.pairs,
-        "arms": entries,
-        "trials": trials,
-    }, runs
+        base["validation"] = runs[0]["validation"][0][1]
+    return summary | {"global_batch_size": the_same(batch)}, runs
 
 
 def add_costs(runner: Runner, entries: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], set[int]]:

@@ -27,7 +27,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "launch/experiments").glob("*
 def test_the_published_tables_are_those_of_their_results(name):
     folder = ROOT / "launch/experiments/results" / name
     if folder.exists():
-        assert published(name) == tables.experiment_table(folder)
+        assert published(name) == tables.table_of(folder)
 
 
 def test_the_arms_that_train_an_orders_ends_train_those_of_the_published_one():
