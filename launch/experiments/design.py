@@ -22,8 +22,8 @@ class Arm:
         tune: {key: numbers}; all values of the first key are tried, then those of the next at the best of the first.
         tuned_as: the arm whose tuned values it takes, but for those that it sets itself.
         top_of: the arm whose tuning run names the layers of highest importance, which this one trains.
-        scores_of: {arm, factor}: the arm whose run measured the layers' effects, which are this one's oracle_scores: in
-            standard deviations over the layers, times factor.
+        scores_of: {arm, factor}: the arm whose run measured the layers' effects; the normal quantiles of their ranks,
+            times factor, are this one's oracle_scores.
         seeds: its own; default: those of the experiment.
     """
 

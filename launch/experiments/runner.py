@@ -2,7 +2,6 @@
 
 import math
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -284,9 +283,14 @@ def train_by_seed(
 
 
 def write_scores(runner: Runner, arm: Arm, effects: Sequence[float]) -> str:
-    """The file of an arm's oracle_scores: effects in standard deviations over the layers, times the arm's factor."""
-    mean, sd = statistics.mean(effects), statistics.pstdev(effects)
+    """The file of an arm's oracle_scores: normal quantiles of the effects' ranks, times the arm's factor.
+
+    Ranks, so that an order and its opposite concentrate draws alike, however skewed the effects are.
+    """
+    from scipy import stats
+
+    scores = arm.scores_of["factor"] * stats.norm.ppf((stats.rankdata(effects) - 0.5) / len(effects))
     file = runner.where.output_dir / "scores" / f"{file_stem(arm.name)}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, [round(arm.scores_of["factor"] * (effect - mean) / sd, 4) for effect in effects])
+    write_json(file, [round(score, 4) for score in scores.tolist()])
     return str(file)
