@@ -1,4 +1,4 @@
-"""The loss of each row's answer: what a validation of train_ist.py measures with completion_only_loss, row by row."""
+"""The loss of each row's answer, as a validation of train_ist.py with completion_only_loss has it; of text, of all."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +43,8 @@ def read_loss_rows(args: ScorerArguments, files: Sequence[str], mapping: dict[st
     for file in files:
         read = read_rows("loss_file", find_sources("loss_file", [file]), mapping)
         template = args.prompt_template or "alpaca"
-        encoded, lengths = encode_rows(read, "loss_file", template, tokenizer, args.max_length, True)
+        answered = "text" not in read.column_names  # of rows of text all of it counts
+        encoded, lengths = encode_rows(read, "loss_file", template, tokenizer, args.max_length, answered)
         if lengths.dropped:
             raise UsageError(
                 f"--loss_file {file}: {lengths.dropped} of {len(read)} rows have nothing of their answer within "
