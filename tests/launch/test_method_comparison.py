@@ -79,7 +79,8 @@ def test_files_that_do_not_suit(argv, tmp_path):
     flags, started = argv
     for more, message in (
         (["--test_file", tmp_path / "wiki.jsonl"], "--test_file needs a question and a worked answer"),
-        (["--wiki_file", tmp_path / "test.jsonl"], "--wiki_file needs the column text"),
+        (["--wiki_file", tmp_path / "test.jsonl"], "--wiki_file .*test.jsonl: row 0 needs .* text; it has question"),
+        (["--wiki_file", tmp_path / "train.jsonl"], "--wiki_file .*row 0 needs .* text; it has"),
         (["--arms", "LISA"], "--arms has 'LISA'; known are LoRA, random, IST"),
         (["--max_steps", "0"], "--max_steps must be 1 or more"),
     ):
