@@ -101,6 +101,11 @@ class DataArguments:
         None, "Print so many rows and what is learnt of them, and stop. Learnt is what stands between ⟦ and ⟧."
     )
     packing: bool = option(False, "No padding: rows of a micro-batch end to end. Each attends to itself alone.")
+    train_sampling_strategy: Literal["random", "group_by_length"] = option(
+        "random",
+        "random or group_by_length: alike rows share a micro-batch. The rows of a step, and its loss, stay the same: "
+        "they are dealt to its micro-batches and ranks by length; with packing so that all have as many tokens.",
+    )
 
     def __post_init__(self) -> None:
         if (self.train_file is None) == (self.dataset_name is None):

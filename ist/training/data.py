@@ -222,6 +222,62 @@ class GlobalBatches:
         return self._permutations[epoch]
 
 
+def dealt_by_length(
+    indices: Sequence[int], lengths: Sequence[int], size: int, world_size: int, packing: bool
+) -> list[int]:
+    """The rows of a global batch in the order in which `micro_batches` deals them out, so that little is padded.
+
+    Padded, rows are sorted and cut into micro-batches; the longest come first, and ranks take turns in getting the
+    longer ones, so that all have as much to do. Packed, where the sum of a micro-batch counts, each row in turn, the
+    longest first, goes to the emptiest micro-batch with room; then rows of the fullest are swapped for others' as long
+    as that helps.
+
+    Args:
+        indices: [B] the rows of a step.
+        lengths: tokens of each row of the set.
+        size: rows of a micro-batch.
+    """
+    longest_first = sorted(indices, key=lambda row: -lengths[row])
+    if packing:
+        bins = _of_equal_sums(longest_first, lengths, size)
+    else:
+        bins = [longest_first[start : start + size] for start in range(0, len(indices), size)]
+        for start in range(world_size, len(bins) - world_size + 1, 2 * world_size):
+            bins[start : start + world_size] = bins[start : start + world_size][::-1]
+    return [row for rows in bins for row in rows]
+
+
+def _of_equal_sums(longest_first: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Bins of `size` rows, the last of what is left, whose lengths sum up to about the same."""
+    bins: list[list[int]] = [[] for _ in range(math.ceil(len(longest_first) / size))]
+    tokens, last = [0] * len(bins), len(longest_first) - (len(bins) - 1) * size
+    for row in longest_first:
+        room = [i for i, rows in enumerate(bins) if len(rows) < (size if i < len(bins) - 1 else last)]
+        emptiest = min(room, key=tokens.__getitem__)
+        bins[emptiest].append(row)
+        tokens[emptiest] += lengths[row]
+    for _ in range(len(longest_first)):
+        full = max(range(len(bins)), key=tokens.__getitem__)
+        others = sorted(range(len(bins)), key=tokens.__getitem__)[:-1]
+        if not any(_swapped(bins, tokens, lengths, full, other) for other in others):
+            break
+    return bins
+
+
+def _swapped(bins: list[list[int]], tokens: list[int], lengths: Sequence[int], full: int, other: int) -> bool:
+    """Whether a row of the bin `full` could be swapped for one of `other`, so that the larger of the two sums falls."""
+    half = (tokens[full] - tokens[other]) / 2
+    pairs = [(i, j) for i in range(len(bins[full])) for j in range(len(bins[other]))]
+    moved = {(i, j): lengths[bins[full][i]] - lengths[bins[other][j]] for i, j in pairs}
+    i, j = min(pairs, key=lambda pair: abs(moved[pair] - half))
+    if abs(moved[i, j] - half) >= half:
+        return False
+    bins[full][i], bins[other][j] = bins[other][j], bins[full][i]
+    tokens[full] -= moved[i, j]
+    tokens[other] += moved[i, j]
+    return True
+
+
 def micro_batches(
     rows: Dataset,
     indices: Sequence[int],

@@ -18,7 +18,7 @@ from ist.sampler import seeded_generator
 from ist.suppression import evaluation_mode
 from ist.training.arguments import Resolved
 from ist.training.command_line import UsageError
-from ist.training.data import Data, GlobalBatches, micro_batches
+from ist.training.data import Data, GlobalBatches, dealt_by_length, micro_batches
 
 try:
     from transformers.integrations import neftune_post_forward_hook
@@ -108,6 +108,9 @@ class Objective:
         """Every rank knows the whole batch, so it can divide by the batch's predicted tokens without asking."""
         indices = self.stream.rows(step)
         tokens, predicted = (sum(counts[i] for i in indices) for counts in (self._lengths, self._predicted))
+        if self.args.train_sampling_strategy == "group_by_length":
+            size, ranks = self.args.per_device_train_batch_size, self.accelerator.num_processes
+            indices = dealt_by_length(indices, self._lengths, size, ranks, self.args.packing)
         return GlobalBatch(list(self.batches(self.data.rows, indices)), tokens, predicted)
 
     def seed_dropout(self, step: int) -> None:

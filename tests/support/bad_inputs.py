@@ -88,6 +88,7 @@ TYPED = {
         ("selection", "optim", "dtype", "prompt_template", "report_to"), ("none-such", "{}", "NONE", "ist ")
     ),
     **dict.fromkeys(("eval_strategy", "save_strategy"), ("best", "epochs", "0")),
+    "train_sampling_strategy": ("sequential", "true", "0"),
     **dict.fromkeys(("lr_scheduler_type", "optimizer_state", "peft_method"), ("best", "LORA", "0")),
     "lr_scheduler_kwargs": ("none-such", "[1]", "{", "1", '{"min_lr": 0}', '{"a": [1]}'),
     "attn_implementation": ("none-such", "flash", "0"),

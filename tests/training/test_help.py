@@ -114,7 +114,7 @@ SEEN = {  # which had a misleading hint, or none
     **{"torch_dtype": "it is --dtype here", "max_train_samples": "it is --max_samples here"},
     **{"lr": "it is --learning_rate here", "epochs": "it is --num_train_epochs here"},
     "deepspeed": "accelerate_configs/fsdp2.yaml",
-    "group_by_length": "use --packing true",
+    "group_by_length": "use --train_sampling_strategy group_by_length",
     "adapter": "--peft_method.*--load_in_4bit true.*--adapter_name_or_path",
     "use_dora": 'give --peft_config FILE.json with "use_dora": true; see ist/adapters/README.md',
     "init_lora_weights": "give --peft_config FILE.json with .init_lora_weights",
