@@ -285,7 +285,7 @@ def train(job: Job, accelerator: Accelerator, record: RunRecord, stop: StopReque
 
 def finish(job: Job, monitor: Monitor, progress: Progress, stop: StopRequest) -> int:
     """Write the result, or where a stopped run goes on; the exit code."""
-    monitor.bar.close()
+    monitor.close()
     args, say, accelerator = job.args, monitor.bar.say, monitor.accelerator
     record, checkpoints = monitor.record, monitor.checkpoints
     extensions, adapter = checkpoints.extensions, checkpoints.adapter

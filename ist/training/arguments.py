@@ -180,7 +180,7 @@ class RunArguments:
     free_keys = (
         *("output_dir", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
         *("save_total_limit", "resume_from_checkpoint"),
-        *("report_to", "run_name", "log_adapter", "log_layers", "ddp_timeout"),
+        *("report_to", "run_name", "log_adapter", "log_layers", "profile", "ddp_timeout"),
         *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_base_model"),
     )
 
@@ -224,6 +224,7 @@ class RunArguments:
     )
     log_adapter: bool = option(False, "Give the finished adapter to W&B as an artifact.")
     log_layers: bool = option(False, "Give trackers a key for each layer. W&B has a histogram and a table without it.")
+    profile: bool = option(False, "Trace three steps with torch.profiler. To profile/ in the run's folder, by rank 0.")
     push_to_hub: bool = option(False, "Push adapter/ (model/) to the Hub at the end of the run.")
     hub_model_id: str | None = option(None, "Its name there. Default: that of the run folder.")
     hub_private_repo: bool | None = option(None, "A private repository, unless this is false.")

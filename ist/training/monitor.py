@@ -17,6 +17,7 @@ from ist.training.job import Job
 from ist.training.objective import Objective
 from ist.training.observer import Observer, StepClock
 from ist.training.prepare import warmup_steps
+from ist.training.profile import StepProfile
 from ist.training.record import RunRecord, total_steps
 
 
@@ -50,6 +51,7 @@ class Monitor:
         self.job, self.accelerator, self.objective, self.record = job, accelerator, objective, record
         self.checkpoints, self.observer = checkpoints, observer
         self.bar = ProgressBar(accelerator, job.max_steps)
+        self.profile: StepProfile | None = None
 
     def begin(self, progress: Progress, semantic: dict | None) -> None:
         """Print the description of the run, and measure the first validation loss of a run that begins.
@@ -67,6 +69,9 @@ class Monitor:
         self.bar.start(progress.step)
         if self.job.data.validation and progress.step == 0:
             self.validate(progress)
+        if self.job.args.profile and self.accelerator.is_main_process:
+            left = self.job.max_steps - progress.step
+            self.profile = StepProfile(self.job.output_dir / "profile", left, self.bar.say)
 
     def _ranks(self, step: int) -> list[str]:
         """What ranks have in common, for the description and run.json."""
@@ -129,7 +134,14 @@ class Monitor:
                 f"step {step}/{self.job.max_steps}  loss {numbers[0]:.4f}  lr {values['learning_rate']:.2e}  "
                 f"{line['step_seconds']:.2f} s/step"
             )
+        if self.profile:
+            self.profile.step()
         self._validate_and_save(progress, numbers, loss, grad_norm)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.profile:
+            self.profile.close()
 
     def _validate_and_save(
         self, progress: Progress, numbers: tuple[float, float] | None, loss: Tensor, grad_norm: Tensor
