@@ -5,9 +5,9 @@
 #
 # DATA is a folder with math/train.json (rows of word problems with worked answers, in LLM-Adapters' format) and
 # wikitext-2/valid.txt and test.txt, and of commonsense/ {ARC-Challenge,ARC-Easy,boolq}/{train,test}.json and
-# openbookqa/train.json. Parts, all of them if none is named: arithmetic, wikitext-2, commonsense, layers. Hours on two
-# CPU cores; stopped at any time, it goes on from there. Results, tables and pictures go to launch/experiments/ and
-# launch/results/.
+# openbookqa/train.json. Parts, all of the first round if none is named: arithmetic, wikitext-2, commonsense, layers; of
+# the second: oracle, concentration, length, gemma, gsm8k (needs math/gsm8k/test.json), clock. Hours each on two CPU cores;
+# stopped at any time, it goes on from there. Results, tables and pictures go to launch/experiments/ and launch/results/.
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '1d;/^[^#]/q;s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 [ -d "${1:-}" ] || { echo "error: DATA must be a folder; got ${1:-nothing}. See launch/evidence.sh --help" >&2; exit 2; }
@@ -16,25 +16,31 @@ shift
 cd "$(dirname "$0")/.."
 for part in "$@"; do
   case $part in
-    arithmetic | wikitext-2 | commonsense | layers) ;;
-    *) echo "error: unknown part $part: arithmetic, wikitext-2, commonsense or layers" >&2; exit 2 ;;
+    arithmetic | wikitext-2 | commonsense | layers | oracle | concentration | length | gemma | gsm8k | clock) ;;
+    *) echo "error: unknown part $part; see launch/evidence.sh --help" >&2; exit 2 ;;
   esac
 done
 parts=${*:-arithmetic wikitext-2 commonsense layers}
 launch/setup.sh --model
+case " $parts " in *" gemma "*) launch/setup.sh --gemma ;; esac
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 model=models/SmolLM2-135M-Instruct
 
 experiment() { # NAME [--key value ...]
+  local base=$model
   case $1 in
-    arithmetic) set -- "$@" --train_file "$data/math/train.json" ;;
+    gemma) base=models/gemma-3-270m ;;
+  esac
+  case $1 in
+    arithmetic | oracle | concentration | length | gemma | clock) set -- "$@" --train_file "$data/math/train.json" ;;
+    gsm8k) set -- "$@" --train_file "$data/math/train.json" --test_file "$data/math/gsm8k/test.json" ;;
     wikitext-2) set -- "$@" --train_file "$data/wikitext-2/valid.txt" --test_file "$data/wikitext-2/test.txt" ;;
     commonsense)
       set -- "$@" --train_file "$data/commonsense/"{ARC-Challenge,ARC-Easy,boolq,openbookqa}/train.json \
         --test_file "$data/commonsense/"{ARC-Challenge,ARC-Easy,boolq}/test.json
       ;;
   esac
-  .venv/bin/python -m launch.experiments.run --experiment "launch/experiments/$1.yaml" --model_name_or_path $model \
+  .venv/bin/python -m launch.experiments.run --experiment "launch/experiments/$1.yaml" --model_name_or_path "$base" \
     --output_dir "runs/$1" "${@:2}"
 }
 

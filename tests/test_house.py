@@ -15,7 +15,7 @@ from support.documents import markdown_files, published
 from ist.analyze.results import agreement_table
 from ist.benchmark.command import published_table
 from ist.training import packages
-from launch.experiments.tables import experiment_table
+from launch.experiments.tables import table_of
 
 METHOD = (
     *("config", "sampler", "suppression", "layers", "loss", "probe", "instruments", "tuner", "distributed"),
@@ -165,7 +165,7 @@ def answers(name: str) -> dict:
 
 def experiment(name: str) -> str:
     folder = ROOT / "launch/experiments/results" / name
-    return experiment_table(folder) if folder.exists() else f"not run: `launch/evidence.sh DATA {name}`"
+    return table_of(folder) if folder.exists() else f"not run: `launch/evidence.sh DATA {name}`"
 
 
 TABLES = {
@@ -180,7 +180,10 @@ TABLES = {
         name: lambda name=name: agreement_table(json.loads((RESULTS / f"{name}.json").read_text()))
         for name in ("layers-arithmetic", "layers-wikitext-2")
     },
-    **{name: lambda name=name: experiment(name) for name in ("arithmetic", "wikitext-2", "commonsense")},
+    **{
+        name: lambda name=name: experiment(name)
+        for name in (path.stem for path in (ROOT / "launch/experiments").glob("*.yaml"))
+    },
     "limits": method_table.limits_table,
     "packages": packages.as_table,
 }
