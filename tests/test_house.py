@@ -227,6 +227,7 @@ FOREIGN = {
         "all",
         "tests",
         "model",
+        "gemma",
         "once",
         "no-deps",
         "target",
@@ -260,6 +261,7 @@ def test_every_key_is_in_a_readme_and_every_key_in_a_readme_exists():
         "ist.report",
         "launch.experiments.run",
         "launch.experiments.tables",
+        "launch.experiments.method_comparison",
     ):
         known |= keys_of("-m", module)
     for what in ("memory", "speed", "probe", "communication", "scale", "parity"):
