@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from support import peft_class, read_lines, tiny_config
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from support import ROOT, peft_class, read_lines, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from ist import probe
 from ist.adapters import SeriesConfig
@@ -15,9 +15,10 @@ from ist.config import ISTConfig
 from ist.layers import LayerMap
 from ist.loss import row_loss_sums, token_loss_sum
 from ist.suppression import RowsMixed, evaluation_mode, suppress
-from ist.training.data import micro_batches
+from ist.training.data import collate, micro_batches
 from ist.tuner import PROBES
 
+SMOLLM2 = ROOT / "models/SmolLM2-135M-Instruct"
 CANDIDATES = [[0, 2], [1, 2, 4], [3, 4]]
 CONFIGS = {
     "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False),
@@ -190,3 +191,30 @@ def test_a_cheap_probe_takes_the_ends_of_its_rows(train, tmp_path, monkeypatch):
     assert train(probe="cheap", max_length=64, max_steps=9) == 0
     assert widths == [(1, 32), (1, 32)]  # of 4 rows one, and of that the last 64 * 4 / 8
     assert len(read_lines(tmp_path / "run/importance.jsonl")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="SmolLM2 is not there: launch/setup.sh --model")
+def test_derivatives_of_smollm2_at_the_mean_gate_against_differences():
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float64)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config).double().train()
+    layers, probed, at, h = LayerMap(model), [0, 13, 29], 0.625, 0.02
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    texts = ["Ada has 3 pens and buys 4. How many are there? 3 + 4 = 7.", "Half of 18 is 9."]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+
+    def loss(i: int, g: float) -> torch.Tensor:
+        with ExitStack() as hooks:
+            for layer in range(30):
+                hooks.enter_context(suppress(layers.modules[layer], g if layer == i else at))
+            return row_loss_sums(model, collate(rows, rows, 0)).double()
+
+    with evaluation_mode(model), torch.no_grad():
+        weights = {-2: 1, -1: -8, 1: 8, 2: -1}  # of fourth order
+        differences = [sum(w * loss(i, at + n * h) for n, w in weights.items()) / (12 * h) for i in probed]
+    with evaluation_mode(model):
+        found = probe.gate_derivatives(model, layers, range(30), at, [collate(rows, rows, 0)])
+    torch.testing.assert_close(found.by_gate[:, probed], torch.stack(differences, dim=1), rtol=5e-3, atol=2e-3)
+    assert found.by_gate[:, probed].abs().max(dim=0).values.min() > 0.05
