@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from support import ROOT, read_lines
-from support.importance import effective_without_effect, noise_table
-from support.planted import updates_until_found
+from support.importance import effective_without_effect, noise_table, reliability_table
+from support.planted import as_table, updates_until_found
 from test_tuner import Planted
 from torch import nn
 
@@ -86,6 +86,14 @@ def test_without_any_effect_layers_stay_near_uniform():
     assert min(effective_without_effect(ISTConfig(score_rule="expected", seed=seed), seed) for seed in range(10)) > 25
     locked = ISTConfig(score_rule="expected", shrink=False, score_decay=1.0, score_lr=1.0)
     assert effective_without_effect(locked, 0) < 25  # which shrinkage and decay prevent
+
+
+def test_the_tables_of_reliability_and_of_planted_layers_are_their_files():
+    found = json.loads((ROOT / "launch/results/reliability.json").read_text())["found"]
+    assert {line["seed"] for line in found} == {1, 2, 3} and {line["step"] for line in found} == {20, 80, 300}
+    assert "\n".join(reliability_table(found)) in (ROOT / "launch/results/reliability.md").read_text()
+    planted = json.loads((ROOT / "launch/results/planted.json").read_text())
+    assert "\n".join(as_table(planted["found"], planted["planted"])) in (ROOT / "launch/results/planted.md").read_text()
 
 
 def test_the_table_of_noise_is_its_file():

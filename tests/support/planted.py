@@ -3,7 +3,7 @@
     python tests/support/planted.py --output launch/results/planted.json
 
 SmolLM2-135M trains with all layers but three, whose adapters stay at their zero response; so the loss does not depend
-on these, and the others must matter. Then the model stays as it is, and each rule updates its scores 40 times, with 10
+on these, and the others must matter. Then the model stays as it is, and each rule updates its scores 20 times, with 10
 seeds of candidates and probe rows. Found: all three are among the lowest third of the scores, from that update on to
 the last; by chance one update in 34 has them there. Rules take turns, update by update, so that their seconds compare.
 """
@@ -32,7 +32,7 @@ from ist.training.observer import Observer
 from ist.training.word_problems import arithmetic_rows
 from support.suites import heading
 
-UPDATES = 40
+UPDATES = 20
 RULES = {
     "paper, full probe, mu 100": {"score_lr": 100},
     "paper, full probe, mu 100, uniform_candidates": {"score_lr": 100, "uniform_candidates": True},
@@ -76,25 +76,32 @@ class Planted(Observer):
         seconds: dict[str, list[float]] = {name: [] for name in rules}
         for update in range(UPDATES):
             rows = list(self.tuner.probe_batches(f"{seed} {update}"))
+            seen: list[probe.Effects] = []
             for name, rule in rules.items():
                 start = time.perf_counter()
-                learn(self.tuner, rule, update, rows)
+                learn(self.tuner, rule, update, rows, seen)
                 seconds[name].append(time.perf_counter() - start)
                 places = rule.scores.argsort(stable=True).tolist()
                 ranks[name].append([places.index(i) for i in self.planted])
         for name, rule in rules.items():
             line = {"seed": seed, "rule": name, "updates": updates_until_found(ranks[name], n_layers)}
-            line |= {"seconds": statistics.median(seconds[name]), "places": ranks[name][-1]}
+            took = None if name == "expected, without shrink" else statistics.median(seconds[name])  # another's effects
+            line |= {"seconds": took, "places": ranks[name][-1]}
             self.found.append(line | {"scores": [round(score, 5) for score in rule.scores.tolist()]})
 
 
-def learn(tuner, rule: ImportanceSampler, update: int, rows: list[dict]) -> None:
-    """One importance update of a rule, as SparseTuner does it on one rank."""
+def learn(tuner, rule: ImportanceSampler, update: int, rows: list[dict], seen: list[probe.Effects]) -> None:
+    """One importance update of a rule, as SparseTuner does it on one rank.
+
+    Args:
+        seen: the effects on these rows, once they are measured, for the rules that learn from them.
+    """
     config, model, layers = rule.config, tuner.model, tuner.layers
     if config.score_rule == "expected":
-        found = probe.gate_derivatives(model, layers, range(layers.n_layers), rule.mean_gate, rows)
-        seen = probe.effects(probe.effect_sums(found), config.suppression)
-        rule.learn(seen.effects, seen.standard_errors)
+        if not seen:
+            found = probe.gate_derivatives(model, layers, range(layers.n_layers), rule.mean_gate, rows)
+            seen.append(probe.effects(probe.effect_sums(found), config.suppression))
+        rule.learn(seen[0].effects, seen[0].standard_errors)
         return
     measure: Callable = probe.one_by_one
     if config.probe == "cheap":  # an eighth of a global batch of 4: one row
@@ -136,8 +143,9 @@ def as_table(found: list[dict], layers: Sequence[int]) -> list[str]:
         lines = [line for line in found if line["rule"] == rule]
         updates = sorted(line["updates"] for line in lines if line["updates"] is not None)
         spread = f"{statistics.median(updates):g} ({updates[0]} to {updates[-1]})" if updates else ""
-        seconds = statistics.median(line["seconds"] for line in lines)
-        cells = [f"{len(updates)} of {len(lines)}", spread, f"{seconds:.2f}", f"{seconds / full:.2f}"]
+        took = [line["seconds"] for line in lines if line["seconds"] is not None]
+        seconds = [f"{statistics.median(took):.2f}", f"{statistics.median(took) / full:.2f}"] if took else ["", ""]
+        cells = [f"{len(updates)} of {len(lines)}", spread, *seconds]
         rows.append([rule, *cells])
     header = ["rule", f"seeds that found it within {UPDATES}", "updates, median (range)", "seconds an update"]
     return [f"Planted: layers {', '.join(map(str, layers))} of 30.", "", *markdown_table([*header, "/ full"], rows)]
