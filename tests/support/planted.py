@@ -3,9 +3,10 @@
     python tests/support/planted.py --output launch/results/planted.json
 
 SmolLM2-135M trains with all layers but three, whose adapters stay at their zero response; so the loss does not depend
-on these, and the others must matter. Then the model stays as it is, and each rule updates its scores 20 times, with 10
+on these, and the others must matter. Then the model stays as it is, and each rule updates its scores 12 times, with 10
 seeds of candidates and probe rows. Found: all three are among the lowest third of the scores, from that update on to
-the last; by chance one update in 34 has them there. Rules take turns, update by update, so that their seconds compare.
+the last; by chance one update in 34 has them there. Their mean place among 30 layers, from the lowest score, is 15.5 by
+chance. Rules take turns, update by update, so that their seconds compare.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from ist.training.observer import Observer
 from ist.training.word_problems import arithmetic_rows
 from support.suites import heading
 
-UPDATES = 20
+UPDATES = 12
 RULES = {
     "paper, full probe, mu 100": {"score_lr": 100},
     "paper, full probe, mu 100, uniform_candidates": {"score_lr": 100, "uniform_candidates": True},
@@ -145,16 +146,24 @@ def as_table(found: list[dict], layers: Sequence[int]) -> list[str]:
         spread = f"{statistics.median(updates):g} ({updates[0]} to {updates[-1]})" if updates else ""
         took = [line["seconds"] for line in lines if line["seconds"] is not None]
         seconds = [f"{statistics.median(took):.2f}", f"{statistics.median(took) / full:.2f}"] if took else ["", ""]
-        cells = [f"{len(updates)} of {len(lines)}", spread, *seconds]
+        places = [1 + statistics.mean(line["places"]) for line in lines]
+        place = f"{statistics.mean(places):.1f} ({min(places):.1f} to {max(places):.1f})"
+        cells = [f"{len(updates)} of {len(lines)}", spread, place, *seconds]
         rows.append([rule, *cells])
-    header = ["rule", f"seeds that found it within {UPDATES}", "updates, median (range)", "seconds an update"]
+    header = [
+        "rule",
+        "seeds that found them",
+        "updates, median (range)",
+        "their mean place at the end",
+        "seconds an update",
+    ]
     return [f"Planted: layers {', '.join(map(str, layers))} of 30.", "", *markdown_table([*header, "/ full"], rows)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--steps", type=int, default=80, help="of training, before measuring")
+    parser.add_argument("--steps", type=int, default=20, help="of training, before measuring")
     parser.add_argument("--seeds", type=int, nargs="+", default=[*range(10)])
     parser.add_argument("--output", type=Path, help="a .json file; the table goes beside it as .md")
     args = parser.parse_args()
