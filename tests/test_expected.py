@@ -92,8 +92,10 @@ def test_the_tables_of_reliability_and_of_planted_layers_are_their_files():
     found = json.loads((ROOT / "launch/results/reliability.json").read_text())["found"]
     assert {line["seed"] for line in found} == {1, 2, 3} and {line["step"] for line in found} == {20, 80, 300}
     assert "\n".join(reliability_table(found)) in (ROOT / "launch/results/reliability.md").read_text()
-    planted = json.loads((ROOT / "launch/results/planted.json").read_text())
-    assert "\n".join(as_table(planted["found"], planted["planted"])) in (ROOT / "launch/results/planted.md").read_text()
+    for name in ("planted", "planted-80"):
+        planted = json.loads((ROOT / f"launch/results/{name}.json").read_text())
+        table = "\n".join(as_table(planted["found"], planted["planted"]))
+        assert table in (ROOT / f"launch/results/{name}.md").read_text()
 
 
 def test_the_table_of_noise_is_its_file():
